@@ -1,0 +1,57 @@
+"""Ids and resource names: made, parsed and formatted in one place.
+
+Pure: time and chance are brought by the caller.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+
+from libs.errors import FieldRule, InvalidArgument, invalid_field
+
+_CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
+_TIME_BITS = 48
+_RANDOM_BITS = 80
+
+
+def ulid(now: datetime, random_bits: int) -> str:
+    """Makes a ULID: 26 characters that sort by time. Source: github.com/ulid/spec.
+
+    Args:
+        now: aware; its milliseconds are used.
+        random_bits: 80 bits of chance.
+    """
+    milliseconds = int(now.timestamp() * 1000)
+    value = (milliseconds % (1 << _TIME_BITS)) << _RANDOM_BITS
+    value |= random_bits % (1 << _RANDOM_BITS)
+    return "".join(_CROCKFORD[(value >> shift) & 31] for shift in range(125, -1, -5))
+
+
+def parse_name(name: str, pattern: str, *, field: str) -> tuple[str, ...]:
+    """Splits a resource name into its ids.
+
+    Args:
+        name: as "models/llama/versions/1".
+        pattern: collections with a star for each id, as "models/*/versions/*".
+        field: path of the field that held the name, for the error.
+
+    Raises:
+        InvalidArgument: the name does not have that form.
+    """
+    expression = "/".join(f"({_ID})" if part == "*" else part for part in pattern.split("/"))
+    match = re.fullmatch(expression, name)
+    if match is None:
+        raise bad_name(pattern, field=field)
+    return match.groups()
+
+
+def bad_name(pattern: str, *, field: str) -> InvalidArgument:
+    """Makes the error for a name that does not have the form of `pattern`."""
+    return invalid_field(field, FieldRule.BAD_FORMAT, f"must have the form {pattern}")
+
+
+def last_part(name: str) -> str:
+    """Returns what stands behind the last slash."""
+    return name.rpartition("/")[2]

@@ -1,0 +1,35 @@
+"""Money and tokens: their types and the one rounding rule.
+
+Pure. One nano is 1e-9 of the currency's major unit.
+"""
+
+from __future__ import annotations
+
+from typing import NewType
+
+Nanos = NewType("Nanos", int)
+Tokens = NewType("Tokens", int)
+
+CURRENCY = "USD"
+NANOS_MAX = 2**63 - 1
+_MILLION = 1_000_000
+
+
+def charge(tokens: int, nanos_per_million: int) -> Nanos:
+    """Prices one line: tokens * nanos_per_million / 10^6, rounded up.
+
+    Rounding happens once per line, here, so that gateway and ledger agree to the nano.
+
+    Raises:
+        ValueError: a negative count or price, which no caller may have let in.
+    """
+    if tokens < 0 or nanos_per_million < 0:
+        raise ValueError("counts and prices are not negative")
+    return Nanos(-(-tokens * nanos_per_million // _MILLION))
+
+
+def charge_usage(
+    *, input_tokens: int, output_tokens: int, input_price: int, output_price: int
+) -> Nanos:
+    """Prices a generation: the sum of its lines. Prices are nanos per million tokens."""
+    return Nanos(charge(input_tokens, input_price) + charge(output_tokens, output_price))

@@ -1,0 +1,268 @@
+"""The engine protocol: what a worker asks of an inference engine, and nothing more.
+
+An engine turns prompts of token ids into output token ids. It knows neither tenants nor text
+rules: the worker renders chat templates, turns ids into text, holds back unfinished characters
+and finds stop sequences, once, for every engine.
+
+Life of one execution, told by lane:
+
+    submit -> (tokens | nothing)* -> ended        exactly one Ended for each submit
+    abort  -> the Ended still comes, with EndReason.ABORTED unless it ended before
+
+Everything that happened in one step of the engine comes in one StepBatch, by column: row i of the
+token columns is lanes[i] and token_ids[i]. A lane may have several rows in a batch (speculative
+decoding, or a consumer that came late and got two steps merged); its rows are in order.
+
+Neither the end-of-sequence token nor a matched stop token id is ever among the tokens.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Protocol
+
+Lane = int
+"""Names one execution inside one engine. Chosen by the worker, never reused while it runs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn. All values are concrete; defaults were resolved before.
+
+    The randomness of output position p is a function of (seed, p) alone, so a continuation on
+    another worker goes on as the first would have. Engines that cannot promise it say so in
+    EngineInfo.is_deterministic.
+
+    Attributes:
+        temperature: 0 takes the likeliest token, else 0 < temperature <= 2.
+        top_p: share of probability kept, 0..1; 1 keeps all.
+        top_k: number of likeliest tokens kept; 0 keeps all.
+        seed: 64 bits.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRequest:
+    """One execution, validated: every id is in the vocabulary and the prompt fits.
+
+    Attributes:
+        prompt_ids: token ids of the whole prompt; at least one.
+        continue_ids: output already released elsewhere; counts as output positions 0..n-1.
+        max_output_tokens: most output tokens, continue_ids counted in.
+        stop_token_ids: the output ends before any of these.
+        ignore_eos: do not end at the model's own end of sequence.
+        sampling: how tokens are drawn.
+    """
+
+    prompt_ids: tuple[int, ...]
+    continue_ids: tuple[int, ...] = ()
+    max_output_tokens: int
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    sampling: Sampling
+
+
+class EndReason(enum.Enum):
+    """Why an execution ended."""
+
+    END_OF_SEQUENCE = "end_of_sequence"
+    STOP_TOKEN = "stop_token"  # noqa: S105 - not a secret
+    MAX_TOKENS = "max_tokens"
+    CONTEXT_FULL = "context_full"
+    ABORTED = "aborted"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The end of one execution. Its lane is free from here on.
+
+    Attributes:
+        lane: of the execution.
+        reason: why it ended.
+        stop_token_id: what matched, with STOP_TOKEN.
+        message: for the log, with FAILED; never holds text of a prompt or an output.
+    """
+
+    lane: Lane
+    reason: EndReason
+    stop_token_id: int | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """The prompt of one execution is in the KV cache.
+
+    Attributes:
+        lane: of the execution.
+        cached_tokens: prompt tokens that the prefix cache already had.
+    """
+
+    lane: Lane
+    cached_tokens: int
+
+
+@dataclass(slots=True)
+class TokenScores:
+    """Log-probabilities beside the token columns of a StepBatch, row by row.
+
+    Attributes:
+        logprobs: natural logarithm of each row's token; NaN where the lane did not ask.
+        top_count: alternatives K kept for each row; 0 for none.
+        top_token_ids: rows * K ids, best first; -1 pads.
+        top_logprobs: rows * K natural logarithms; -inf pads.
+    """
+
+    logprobs: list[float]
+    top_count: int = 0
+    top_token_ids: list[int] = field(default_factory=list)
+    top_logprobs: list[float] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class StepBatch:
+    """All that happened since the batch before, in order: prefilled, tokens, ended.
+
+    Attributes:
+        lanes: lane of each row.
+        token_ids: token of each row; same length as lanes.
+        ended: executions that ended in this batch, after their rows.
+        prefilled: executions whose first row comes in this batch or later.
+        scores: same rows as lanes; None when no lane asked.
+    """
+
+    lanes: list[Lane] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    ended: list[Ended] = field(default_factory=list)
+    prefilled: list[Prefilled] = field(default_factory=list)
+    scores: TokenScores | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What an engine is; fixed once it has started.
+
+    Attributes:
+        engine: "sim", "llamacpp", ...
+        version: of the engine's software.
+        context_length: prompt and output together, tokens.
+        max_running: executions in the batch at the same time.
+        vocabulary_size: token ids are 0 <= id < vocabulary_size.
+        digest: "sha256:<hex>" of the weights file; empty when there is none.
+        is_deterministic: same seed, prompt and position give the same token on any worker.
+    """
+
+    engine: str
+    version: str
+    context_length: int
+    max_running: int
+    vocabulary_size: int
+    digest: str
+    is_deterministic: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLoad:
+    """Load at one moment. None means not measured, never idle.
+
+    Attributes:
+        running: executions in the batch.
+        waiting: submitted executions outside the batch.
+        waiting_tokens: prompt tokens whose prefill has not happened.
+        kv_used_tokens: tokens in the KV cache.
+        kv_total_tokens: tokens that fit.
+    """
+
+    running: int | None
+    waiting: int | None
+    waiting_tokens: int | None
+    kv_used_tokens: int | None
+    kv_total_tokens: int | None
+
+
+class EngineDied(Exception):
+    """The engine is gone and cannot serve again; the worker has to exit."""
+
+
+class EngineStartError(Exception):
+    """The engine cannot start. The message tells an operator what to do."""
+
+
+class Engine(Protocol):
+    """An inference engine under one asyncio loop. All methods belong to that loop."""
+
+    async def start(self) -> EngineInfo:
+        """Loads the model, off the event loop.
+
+        Raises:
+            EngineStartError: with what to do about it.
+        """
+        ...
+
+    def submit(self, lane: Lane, request: EngineRequest) -> None:
+        """Queues an execution. Never blocks; the caller bounds how many are inside.
+
+        Raises:
+            EngineDied: it is gone.
+        """
+        ...
+
+    def abort(self, lane: Lane) -> None:
+        """Stops an execution soon. Idempotent; unknown lanes are ignored."""
+        ...
+
+    async def next_step(self) -> StepBatch:
+        """Waits for the next batch. One consumer. May be cancelled without losing a batch.
+
+        Raises:
+            EngineDied: it is gone; every running execution is lost.
+        """
+        ...
+
+    def load(self) -> EngineLoad:
+        """Measures the load without waiting."""
+        ...
+
+    async def stop(self) -> None:
+        """Ends the engine and its child process, within bounded time. May be repeated."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back, for one model. Pure; may be used from any thread."""
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Token ids are 0 <= id < vocabulary_size."""
+        ...
+
+    @property
+    def chat_template(self) -> str:
+        """Jinja2 source of the model's chat template; empty when it has none."""
+        ...
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Texts that templates refer to: "bos_token" and "eos_token"; empty text for none."""
+        ...
+
+    def encode(self, text: str, *, parse_special: bool) -> list[int]:
+        """Turns text into ids. Adds nothing at either end.
+
+        Args:
+            text: any text.
+            parse_special: whether the text of a control token becomes that token. True for what
+                a chat template rendered; False for what a user typed.
+        """
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 bytes of one token, possibly part of a character; empty for control tokens."""
+        ...
