@@ -1,0 +1,182 @@
+"""What the gateway asks of other services, in its own values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import structlog
+from google.protobuf.descriptor import ServiceDescriptor
+from maas.billing.v1 import (
+    credit_slice_service_pb2,
+    credit_slice_service_pb2_grpc,
+    price_service_pb2,
+    price_service_pb2_grpc,
+)
+from maas.catalog.v1 import offering_service_pb2, offering_service_pb2_grpc
+from maas.scheduler.v1 import (
+    placement_service_pb2,
+    placement_service_pb2_grpc,
+    worker_pb2,
+    worker_service_pb2,
+    worker_service_pb2_grpc,
+)
+
+from libs.errors import FailedPrecondition, MaasError, NotFound
+from libs.process import Background
+from libs.rpc import Peer, follow
+from services.gateway import convert
+from services.gateway.journal import Journal
+from services.gateway.links import LinkPool
+from services.gateway.placement import Slot, Wanted
+from services.gateway.settlement import Settled, Settlement
+from services.gateway.slices import Grant
+from services.gateway.tables import Offerings, Prices, Workers
+
+log = structlog.get_logger(__name__)
+
+CATALOG_SERVICES: list[ServiceDescriptor] = [
+    offering_service_pb2.DESCRIPTOR.services_by_name["OfferingService"]
+]
+BILLING_SERVICES: list[ServiceDescriptor] = [
+    credit_slice_service_pb2.DESCRIPTOR.services_by_name["CreditSliceService"],
+    price_service_pb2.DESCRIPTOR.services_by_name["PriceService"],
+]
+SCHEDULER_SERVICES: list[ServiceDescriptor] = [
+    placement_service_pb2.DESCRIPTOR.services_by_name["PlacementService"],
+    worker_service_pb2.DESCRIPTOR.services_by_name["WorkerService"],
+]
+CLOSE_MAX = 500
+
+
+async def follow_offerings(peer: Peer, table: Offerings) -> None:
+    """Feeds the table of offerings, for ever."""
+
+    def apply(response: offering_service_pb2.WatchOfferingsResponse, is_snapshot: bool) -> None:  # noqa: ARG001, FBT001 - signature of follow
+        table.apply(convert.offering_from_pb(message) for message in response.offerings)
+        if response.snapshot_complete:
+            table.complete()
+
+    stub = offering_service_pb2_grpc.OfferingServiceStub(peer.channel)
+    await follow(peer, stub.WatchOfferings, offering_service_pb2.WatchOfferingsRequest(), apply)
+
+
+async def follow_prices(peer: Peer, table: Prices) -> None:
+    """Feeds the price book, for ever."""
+
+    def apply(response: price_service_pb2.WatchPricesResponse, is_snapshot: bool) -> None:  # noqa: ARG001, FBT001 - signature of follow
+        table.apply(convert.price_from_pb(message) for message in response.prices)
+        if response.snapshot_complete:
+            table.complete()
+
+    stub = price_service_pb2_grpc.PriceServiceStub(peer.channel)
+    await follow(peer, stub.WatchPrices, price_service_pb2.WatchPricesRequest(), apply)
+
+
+async def follow_workers(peer: Peer, table: Workers, links: LinkPool) -> None:
+    """Feeds the table of workers and opens links to them ahead of their first use, for ever.
+
+    A scheduler that has just restarted lists no worker until they are back; what was known before
+    stays until the workers themselves say otherwise.
+    """
+
+    def apply(response: worker_service_pb2.WatchWorkersResponse, is_snapshot: bool) -> None:  # noqa: ARG001, FBT001 - signature of follow
+        for message in response.workers:
+            if message.state == worker_pb2.WORKER_STATE_READY:
+                table.put(convert.worker_from_pb(message))
+                links.get(message.name, message.endpoint)
+            else:
+                table.drop(message.name)
+        if response.workers:
+            links.retain(table.endpoints())
+        if response.snapshot_complete:
+            table.complete()
+
+    stub = worker_service_pb2_grpc.WorkerServiceStub(peer.channel)
+    await follow(peer, stub.WatchWorkers, worker_service_pb2.WatchWorkersRequest(), apply)
+
+
+class BillingClient:
+    """Credit slices and settlements. Notes slices in the journal before it asks for them."""
+
+    def __init__(self, peer: Peer, journal: Journal, holder: str) -> None:
+        self._peer = peer
+        self._journal = journal
+        self._holder = holder
+        self._stub = credit_slice_service_pb2_grpc.CreditSliceServiceStub(peer.channel)
+
+    async def acquire(self, slice_id: str, account: str, required: int, wanted: int) -> Grant:
+        """Sets money aside. Raises as AcquireSlice does."""
+        self._journal.slice_wanted(slice_id)
+        request = credit_slice_service_pb2.AcquireSliceRequest(
+            slice_id=slice_id,
+            account=account,
+            holder=self._holder,
+            required_nanos=required,
+            wanted_nanos=wanted,
+        )
+        try:
+            response = await self._peer.call(self._stub.AcquireSlice, request)
+        except (FailedPrecondition, NotFound):
+            self._journal.slices_closed([slice_id])
+            raise
+        return Grant(response.granted_nanos, response.lease_duration.ToTimedelta().total_seconds())
+
+    async def settle(self, settlements: list[Settlement], renew: list[str]) -> Settled:
+        """Settles and renews. Raises as Settle does."""
+        request = credit_slice_service_pb2.SettleRequest(
+            settlements=[
+                convert.settlement_to_pb(item.opening, item.closing) for item in settlements
+            ],
+            renew_slice_ids=renew,
+        )
+        response = await self._peer.call(self._stub.Settle, request)
+        return Settled(
+            lost_slice_ids=list(response.lost_slice_ids),
+            lease_s=response.lease_duration.ToTimedelta().total_seconds(),
+        )
+
+    async def close(self, slice_ids: list[str]) -> None:
+        """Gives slices back. Raises as CloseSlices does."""
+        for part in _parts(slice_ids):
+            await self._peer.call(
+                self._stub.CloseSlices,
+                credit_slice_service_pb2.CloseSlicesRequest(slice_ids=part, holder=self._holder),
+            )
+            self._journal.slices_closed(part)
+
+
+class SchedulerClient:
+    """Places on workers."""
+
+    def __init__(self, peer: Peer, background: Background) -> None:
+        self._peer = peer
+        self._background = background
+        self._stub = placement_service_pb2_grpc.PlacementServiceStub(peer.channel)
+
+    async def acquire(self, wanted: Wanted, execution_id: str, exclude: list[str]) -> Slot:
+        """Waits for a place. Raises as AcquireSlot does."""
+        request = placement_service_pb2.AcquireSlotRequest(
+            execution_id=execution_id,
+            model_version=wanted.model_version,
+            project=wanted.project,
+            exclude_workers=exclude,
+            max_wait=convert.duration_to_pb(wanted.max_wait_s),
+        )
+        response = await self._peer.call(self._stub.AcquireSlot, request)
+        return convert.slot_from_pb(response)
+
+    def release(self, slot_id: str) -> None:
+        """Gives a slot back in the background; if that fails the slot runs out by itself."""
+        self._background.start(self._release(slot_id), name="release slot")
+
+    async def _release(self, slot_id: str) -> None:
+        request = placement_service_pb2.ReleaseSlotsRequest(slot_ids=[slot_id])
+        try:
+            await self._peer.call(self._stub.ReleaseSlots, request)
+        except MaasError as error:
+            log.warning("slot not released", cause=error.reason.value)
+
+
+def _parts(slice_ids: list[str]) -> Iterator[list[str]]:
+    for start in range(0, len(slice_ids), CLOSE_MAX):
+        yield slice_ids[start : start + CLOSE_MAX]

@@ -1,0 +1,63 @@
+"""Configuration of a gateway."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pydantic
+
+from libs.config import Address, AuthSection, Seconds, Section, ServiceConfig
+
+
+class PeersSection(Section):
+    """Services that the gateway calls.
+
+    Attributes:
+        catalog: host:port; offerings come from there.
+        billing: host:port; prices and credit slices come from there, settlements go there.
+        scheduler: host:port; places on workers come from there.
+    """
+
+    catalog: Address
+    billing: Address
+    scheduler: Address
+
+
+class GatewaySection(Section):
+    """The gateway itself.
+
+    Attributes:
+        instance: names this gateway among all; part of every generation id.
+        journal_dir: folder of the usage journal; must outlive the process.
+        slice_nanos: size of a credit slice, nanos; a request that needs more gets more.
+        slice_idle: a slice without work for this long is given back.
+        settle_interval: longest time between an end and its settlement.
+        queue_wait: longest wait for a place on a worker.
+        stall_limit: a client that reads nothing for this long with a full window is cut off.
+        generations_max: generations at the same time; one more is refused.
+        slices_max: open credit slices; one more is refused.
+    """
+
+    instance: str = pydantic.Field(pattern="^[a-z][a-z0-9-]{0,30}$")
+    journal_dir: Path
+    slice_nanos: int = pydantic.Field(default=20_000_000, ge=1)
+    slice_idle: Seconds = 2.0
+    settle_interval: Seconds = 0.1
+    queue_wait: Seconds = 30.0
+    stall_limit: Seconds = 30.0
+    generations_max: int = pydantic.Field(default=4096, ge=1)
+    slices_max: int = pydantic.Field(default=4096, ge=1)
+
+
+class Config(ServiceConfig):
+    """All of it.
+
+    Attributes:
+        auth: where the table of API keys comes from.
+        peers: services that the gateway calls.
+        gateway: the gateway itself.
+    """
+
+    auth: AuthSection
+    peers: PeersSection
+    gateway: GatewaySection

@@ -1,0 +1,158 @@
+"""Between messages and the gateway's own values. Pure and total."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+from maas.billing.v1 import credit_slice_service_pb2, ledger_pb2
+from maas.catalog.v1 import model_pb2
+from maas.common.v1 import money_pb2, usage_pb2
+from maas.engine.v1 import engine_pb2
+from maas.inference.v1 import generation_pb2
+from maas.scheduler.v1 import placement_service_pb2, worker_pb2
+
+from libs.units import CURRENCY
+from services.gateway.domain import Closing, Offering, Opening, Price, PromptSize, Usage
+from services.gateway.placement import Slot, Target
+from services.gateway.tables import Worker
+
+
+def duration_to_pb(seconds: float) -> Duration:
+    """Turns seconds into a Duration."""
+    nanos = round(seconds * 1e9)
+    return Duration(seconds=nanos // 1_000_000_000, nanos=nanos % 1_000_000_000)
+
+
+def timestamp_to_pb(time: datetime) -> Timestamp:
+    """Turns an aware time into a Timestamp."""
+    message = Timestamp()
+    message.FromDatetime(time)
+    return message
+
+
+def offering_from_pb(message: model_pb2.Offering) -> Offering:
+    """Reads an offering, with the suite's defaults where it has none."""
+    has = message.HasField
+    return Offering(
+        name=message.name,
+        model_version=message.model_version,
+        context_length=message.context_length,
+        default_max_output_tokens=message.default_max_output_tokens or 512,
+        default_temperature=message.default_temperature if has("default_temperature") else 1.0,
+        default_top_p=message.default_top_p if has("default_top_p") else 1.0,
+        default_top_k=message.default_top_k if has("default_top_k") else 0,
+        prompt_overhead_tokens=message.prompt_overhead_tokens,
+        message_overhead_tokens=message.message_overhead_tokens,
+    )
+
+
+def price_from_pb(message: ledger_pb2.Price) -> Price:
+    """Reads a price."""
+    return Price(
+        name=message.name,
+        offering=message.offering,
+        input_price=message.input_price_per_million.nanos,
+        output_price=message.output_price_per_million.nanos,
+        effective_time=message.effective_time.ToDatetime(UTC),
+    )
+
+
+def worker_from_pb(message: worker_pb2.Worker) -> Worker:
+    """Reads a worker."""
+    return Worker(
+        name=message.name,
+        endpoint=message.endpoint,
+        epoch=message.epoch,
+        model_versions=frozenset(message.info.model_versions),
+    )
+
+
+def slot_from_pb(message: placement_service_pb2.AcquireSlotResponse) -> Slot:
+    """Reads a slot: its target, then its fallbacks."""
+    return Slot(
+        slot_id=message.slot_id,
+        targets=[
+            Target(worker=target.worker, endpoint=target.endpoint, epoch=target.epoch)
+            for target in (message.target, *message.fallbacks)
+        ],
+    )
+
+
+def prompt_size(spec: generation_pb2.GenerationSpec) -> PromptSize:
+    """Measures a prompt before it is tokenised."""
+    match spec.WhichOneof("input"):
+        case "text":
+            return PromptSize(content_units=_size(spec.text), message_count=0)
+        case "tokens":
+            return PromptSize(content_units=len(spec.tokens.ids), message_count=0)
+        case "chat":
+            messages = spec.chat.messages
+            size = sum(_size(part.text) for message in messages for part in message.parts)
+            return PromptSize(content_units=size, message_count=len(messages))
+        case _:
+            return PromptSize(content_units=0, message_count=0)
+
+
+def _size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8"))
+
+
+def execution_to_pb(
+    spec: generation_pb2.GenerationSpec, offering: Offering, *, seed: int, max_output_tokens: int
+) -> engine_pb2.Execution:
+    """Makes what is common to all attempts to run a spec: input, concrete sampling, stops."""
+    given = spec.sampling
+    has = given.HasField
+    execution = engine_pb2.Execution(
+        model_version=offering.model_version,
+        sampling=generation_pb2.SamplingOptions(
+            temperature=given.temperature if has("temperature") else offering.default_temperature,
+            top_p=given.top_p if has("top_p") else offering.default_top_p,
+            top_k=given.top_k if has("top_k") else offering.default_top_k,
+            seed=seed,
+        ),
+        stop=spec.stop,
+    )
+    execution.stop.max_output_tokens = max_output_tokens
+    match spec.WhichOneof("input"):
+        case "text":
+            execution.text = spec.text
+        case "tokens":
+            execution.tokens.CopyFrom(spec.tokens)
+        case "chat":
+            execution.chat.CopyFrom(spec.chat)
+        case _:
+            pass
+    return execution
+
+
+def money_to_pb(nanos: int) -> money_pb2.Money:
+    """Makes an amount."""
+    return money_pb2.Money(currency_code=CURRENCY, nanos=nanos)
+
+
+def usage_to_pb(usage: Usage) -> usage_pb2.TokenUsage:
+    """Makes counts."""
+    return usage_pb2.TokenUsage(input_tokens=usage.input_tokens, output_tokens=usage.output_tokens)
+
+
+def settlement_to_pb(opening: Opening, closing: Closing) -> credit_slice_service_pb2.Settlement:
+    """Makes what billing settles."""
+    return credit_slice_service_pb2.Settlement(
+        generation_id=opening.generation_id,
+        slice_id=opening.slice_id,
+        account=opening.account,
+        project=opening.project,
+        api_key=opening.api_key,
+        offering=opening.offering,
+        model_version=opening.model_version,
+        price=opening.price,
+        usage=usage_pb2.TokenUsage(
+            input_tokens=opening.input_tokens, output_tokens=closing.output_tokens
+        ),
+        end_cause=ledger_pb2.EndCause.ValueType(closing.cause.value),
+        start_time=timestamp_to_pb(opening.start_time),
+        end_time=timestamp_to_pb(closing.end_time),
+    )

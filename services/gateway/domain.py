@@ -1,0 +1,180 @@
+"""Rules of the gateway: what a request can cost at most, and who pays for which end.
+
+Pure: no gRPC, no files, no clock.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from datetime import datetime
+
+from libs.units import Nanos, charge_usage
+
+# A tokenizer may put a beginning-of-sequence token and a space before plain text.
+TEXT_OVERHEAD_TOKENS = 2
+
+
+class EndCause(enum.Enum):
+    """How a generation ended; the values are those of maas.billing.v1.EndCause."""
+
+    COMPLETED = 1
+    CLIENT_CANCELLED = 2
+    DEADLINE = 3
+    STALLED = 4
+    WORKER_LOST = 11
+    ENGINE_FAILURE = 12
+    GATEWAY_LOST = 13
+
+    @property
+    def is_charged(self) -> bool:
+        """Whether the client pays for what was released: not where the fault was ours."""
+        return self in _CHARGED
+
+
+_CHARGED = {
+    EndCause.COMPLETED,
+    EndCause.CLIENT_CANCELLED,
+    EndCause.DEADLINE,
+    EndCause.STALLED,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offering:
+    """What a tenant calls.
+
+    Attributes:
+        name: "offerings/{offering}".
+        model_version: "models/{model}/versions/{version}".
+        context_length: prompt and output together, tokens.
+        default_max_output_tokens: when a request does not say.
+        default_temperature: when a request does not say.
+        default_top_p: when a request does not say.
+        default_top_k: when a request does not say.
+        prompt_overhead_tokens: most that the chat template adds to a prompt.
+        message_overhead_tokens: most that it adds for each message.
+    """
+
+    name: str
+    model_version: str
+    context_length: int
+    default_max_output_tokens: int
+    default_temperature: float
+    default_top_p: float
+    default_top_k: int
+    prompt_overhead_tokens: int
+    message_overhead_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Price:
+    """A price of an offering.
+
+    Attributes:
+        name: "prices/{price}".
+        offering: "offerings/{offering}".
+        input_price: nanos per million input tokens.
+        output_price: nanos per million output tokens.
+        effective_time: from when on it is in force.
+    """
+
+    name: str
+    offering: str
+    input_price: int
+    output_price: int
+    effective_time: datetime
+
+    def charge(self, *, input_tokens: int, output_tokens: int) -> Nanos:
+        """Prices a generation."""
+        return charge_usage(
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            input_price=self.input_price,
+            output_price=self.output_price,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSize:
+    """What is known of a prompt before it is tokenised.
+
+    Attributes:
+        content_units: bytes of text, or token ids; no tokenizer makes more tokens than bytes.
+        message_count: turns of a chat; 0 for text and token ids.
+    """
+
+    content_units: int
+    message_count: int
+
+
+def prompt_bound(size: PromptSize, offering: Offering) -> int:
+    """Bounds the tokens of a prompt: bytes plus what the template adds, within the context."""
+    overhead = TEXT_OVERHEAD_TOKENS
+    if size.message_count:
+        overhead += offering.prompt_overhead_tokens
+        overhead += size.message_count * offering.message_overhead_tokens
+    return min(size.content_units + overhead, offering.context_length)
+
+
+def price_in_force(prices: list[Price], now: datetime) -> Price | None:
+    """Returns the latest price that is in force at `now`; ties go to the greater name."""
+    valid = [price for price in prices if price.effective_time <= now]
+    return max(valid, key=lambda price: (price.effective_time, price.name), default=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Exact counts of one generation.
+
+    Attributes:
+        input_tokens: of the rendered prompt.
+        output_tokens: released to the client.
+    """
+
+    input_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opening:
+    """What the journal keeps of an accepted generation: all that its settlement needs.
+
+    Attributes:
+        generation_id: dedup key of the settlement.
+        slice_id: slice that it is held on.
+        account: "accounts/{account}" that pays.
+        project: "projects/{project}".
+        api_key: "apiKeys/{key}".
+        offering: "offerings/{offering}".
+        model_version: "models/{model}/versions/{version}".
+        price: "prices/{price}" frozen at admission.
+        input_tokens: exact.
+        start_time: admission, UTC.
+    """
+
+    generation_id: str
+    slice_id: str
+    account: str
+    project: str
+    api_key: str
+    offering: str
+    model_version: str
+    price: str
+    input_tokens: int
+    start_time: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Closing:
+    """How an accepted generation ended.
+
+    Attributes:
+        output_tokens: released.
+        cause: decides who pays.
+        end_time: UTC.
+    """
+
+    output_tokens: int
+    cause: EndCause
+    end_time: datetime

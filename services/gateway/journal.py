@@ -1,0 +1,319 @@
+"""The usage journal: counts of what is released, written before it is released.
+
+Append-only segments in one folder, one writer. A plain write survives the death of the process
+(only the death of the machine can lose the last of it), so after any kill the next process finds
+every accepted generation with at least the count that its client has seen, and every slice that
+was asked for. It never holds a prompt or an output.
+
+A record is  u32 length | u32 CRC-32 of the body | body,  little-endian. A body is one byte of kind
+and then JSON, except progress, which is on the token path:  'P' u32 ordinal u32 output_tokens.
+
+    S slice_id holder           before the slice is asked for
+    O ordinal opening           a worker has accepted; before the first frame
+    P ordinal output_tokens     before each frame
+    C ordinal closing           the end
+    A ordinals                  settled: the money is durable
+    Z slice_ids                 closed: nothing is held any more
+
+Segments are named <run>-<number>: ordinals count from 1 in each run, that is in each process. A
+segment is deleted when everything that was opened in it is settled and closed. What is torn at
+the end of a segment was never released.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import structlog
+
+from libs.errors import unavailable
+from services.gateway.domain import Closing, EndCause, Opening
+
+log = structlog.get_logger(__name__)
+
+SEGMENT_BYTES_MAX = 16 * 1024 * 1024
+_HEADER = struct.Struct("<II")
+_PROGRESS = struct.Struct("<cII")
+_PROGRESS_RECORD = struct.Struct("<IIcII")
+_SUFFIX = ".journal"
+
+
+@dataclass(slots=True)
+class Recovered:
+    """What an earlier process left behind.
+
+    Attributes:
+        settlements: generations whose settlement is not known to be durable.
+        slice_ids: slices that may still be held.
+        paths: segments to delete once both are dealt with.
+    """
+
+    settlements: list[tuple[Opening, Closing]] = field(default_factory=list)
+    slice_ids: list[str] = field(default_factory=list)
+    paths: list[Path] = field(default_factory=list)
+
+
+class JournalBusy(Exception):
+    """Another process writes to this folder."""
+
+
+class Journal:
+    """Writer of one process. Not for use from several threads.
+
+    Raises:
+        JournalBusy: another gateway uses the folder.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder = folder
+        self._lock = _lock(folder)
+        self._earlier = sorted(folder.glob(f"*{_SUFFIX}"))
+        self._run = 1 + max((_run_of(path) for path in self._earlier), default=0)
+        self._ordinal = 0
+        self._number = 0
+        self._open_generations: dict[int, int] = {}
+        self._open_slices: dict[str, None] = {}
+        self._live_by_segment: dict[int, int] = {}
+        self._descriptor = -1
+        self._size = 0
+        self._next_segment()
+
+    def recover(self, end_time: datetime) -> Recovered:
+        """Reads what earlier processes left. Generations without an end were cut by their death.
+
+        Args:
+            end_time: recorded as the end of those.
+        """
+        return _recover(self._earlier, end_time)
+
+    def forget(self, recovered: Recovered) -> None:
+        """Deletes what was recovered, once billing has all of it."""
+        for path in recovered.paths:
+            path.unlink(missing_ok=True)
+
+    def slice_wanted(self, slice_id: str) -> None:
+        """Notes a slice before it is asked for."""
+        self._open_slices[slice_id] = None
+        self._write_json(b"S", slice_id)
+
+    def slices_closed(self, slice_ids: list[str]) -> None:
+        """Notes that nothing is held by these any more."""
+        for slice_id in slice_ids:
+            self._open_slices.pop(slice_id, None)
+        self._write_json(b"Z", slice_ids)
+
+    def opened(self, opening: Opening) -> int:
+        """Notes an accepted generation; returns its ordinal for later records."""
+        self._ordinal += 1
+        self._write_json(b"O", [self._ordinal, _opening_to_json(opening)])
+        self._open_generations[self._ordinal] = self._number
+        self._live_by_segment[self._number] += 1
+        return self._ordinal
+
+    def progress(self, ordinal: int, output_tokens: int) -> None:
+        """Notes the count that is about to be released. On the token path: about 1 us."""
+        body = _PROGRESS.pack(b"P", ordinal, output_tokens)
+        self._write(
+            _PROGRESS_RECORD.pack(len(body), zlib.crc32(body), b"P", ordinal, output_tokens)
+        )
+
+    def closed(self, ordinal: int, closing: Closing) -> None:
+        """Notes the end of a generation."""
+        self._write_json(b"C", [ordinal, _closing_to_json(closing)])
+
+    def settled(self, ordinals: list[int]) -> None:
+        """Notes that the money of these is durable."""
+        self._write_json(b"A", ordinals)
+        for ordinal in ordinals:
+            number = self._open_generations.pop(ordinal, None)
+            if number is not None:
+                self._live_by_segment[number] -= 1
+        self._delete_finished()
+
+    def close(self) -> None:
+        """Ends writing. A segment with nothing open in it is deleted."""
+        if not self._open_generations and not self._open_slices:
+            self._path(self._number).unlink(missing_ok=True)
+        os.close(self._descriptor)
+        os.close(self._lock)
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{self._run:08d}-{number:08d}{_SUFFIX}"
+
+    def _next_segment(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._number += 1
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
+        self._descriptor = os.open(self._path(self._number), flags, 0o600)
+        self._size = 0
+        self._live_by_segment[self._number] = 0
+        # Slices may live for hours; naming them again frees the segments behind.
+        for slice_id in self._open_slices:
+            self._write_json(b"S", slice_id)
+
+    def _delete_finished(self) -> None:
+        for number in sorted(self._live_by_segment):
+            if number == self._number or self._live_by_segment[number]:
+                return
+            del self._live_by_segment[number]
+            self._path(number).unlink(missing_ok=True)
+
+    def _write_json(self, kind: bytes, value: object) -> None:
+        body = kind + json.dumps(value, separators=(",", ":")).encode("utf-8")
+        self._write(_HEADER.pack(len(body), zlib.crc32(body)) + body)
+        if self._size > SEGMENT_BYTES_MAX:
+            self._next_segment()
+
+    def _write(self, record: bytes) -> None:
+        try:
+            written = os.write(self._descriptor, record)
+        except OSError as error:
+            log.exception("journal failed")
+            raise unavailable("journal") from error
+        self._size += written
+        if written != len(record):
+            # The torn record ends this segment for every reader; go on in a new one.
+            self._next_segment()
+            raise unavailable("journal")
+
+
+def _lock(folder: Path) -> int:
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise JournalBusy(f"{folder} is used by another gateway") from error
+    return descriptor
+
+
+def _run_of(path: Path) -> int:
+    return int(path.stem.partition("-")[0])
+
+
+def read_records(path: Path) -> Iterator[bytes]:
+    """Yields the bodies of a segment up to its end or its first torn record."""
+    data = path.read_bytes()
+    position = 0
+    while position + _HEADER.size <= len(data):
+        length, checksum = _HEADER.unpack_from(data, position)
+        position += _HEADER.size
+        body = data[position : position + length]
+        if len(body) != length or zlib.crc32(body) != checksum or not body:
+            log.warning("journal torn", segment=path.name, offset=position)
+            return
+        yield body
+        position += length
+
+
+def _recover(paths: list[Path], end_time: datetime) -> Recovered:
+    replay = _Replay()
+    for path in paths:
+        for body in read_records(path):
+            replay.apply(_run_of(path), body)
+    return Recovered(
+        settlements=replay.settlements(end_time), slice_ids=list(replay.slices), paths=list(paths)
+    )
+
+
+class _Replay:
+    """State of the journal after the records so far. Keys are (run, ordinal)."""
+
+    def __init__(self) -> None:
+        self.slices: dict[str, None] = {}
+        self._openings: dict[tuple[int, int], Opening] = {}
+        self._released: dict[tuple[int, int], int] = {}
+        self._closings: dict[tuple[int, int], Closing] = {}
+
+    def apply(self, run: int, body: bytes) -> None:
+        kind = body[:1]
+        if kind == b"P":
+            _, ordinal, count = _PROGRESS.unpack(body)
+            self._released[run, ordinal] = count
+            return
+        value = json.loads(body[1:])
+        match kind:
+            case b"O":
+                self._openings[run, value[0]] = _opening_from_json(value[1])
+            case b"C":
+                self._closings[run, value[0]] = _closing_from_json(value[1])
+            case b"A":
+                for ordinal in value:
+                    self._openings.pop((run, ordinal), None)
+            case b"S":
+                self.slices[value] = None
+            case b"Z":
+                for slice_id in value:
+                    self.slices.pop(slice_id, None)
+            case _:
+                log.error("journal has a record of unknown kind", kind=kind.hex())
+
+    def settlements(self, end_time: datetime) -> list[tuple[Opening, Closing]]:
+        return [
+            (opening, self._closings.get(key) or self._cut(key, end_time))
+            for key, opening in self._openings.items()
+        ]
+
+    def _cut(self, key: tuple[int, int], end_time: datetime) -> Closing:
+        return Closing(
+            output_tokens=self._released.get(key, 0),
+            cause=EndCause.GATEWAY_LOST,
+            end_time=end_time,
+        )
+
+
+def _opening_to_json(opening: Opening) -> dict[str, object]:
+    return {
+        "generation_id": opening.generation_id,
+        "slice_id": opening.slice_id,
+        "account": opening.account,
+        "project": opening.project,
+        "api_key": opening.api_key,
+        "offering": opening.offering,
+        "model_version": opening.model_version,
+        "price": opening.price,
+        "input_tokens": opening.input_tokens,
+        "start_time": opening.start_time.timestamp(),
+    }
+
+
+def _opening_from_json(value: dict[str, object]) -> Opening:
+    return Opening(
+        generation_id=str(value["generation_id"]),
+        slice_id=str(value["slice_id"]),
+        account=str(value["account"]),
+        project=str(value["project"]),
+        api_key=str(value["api_key"]),
+        offering=str(value["offering"]),
+        model_version=str(value["model_version"]),
+        price=str(value["price"]),
+        input_tokens=int(str(value["input_tokens"])),
+        start_time=datetime.fromtimestamp(float(str(value["start_time"])), UTC),
+    )
+
+
+def _closing_to_json(closing: Closing) -> dict[str, object]:
+    return {
+        "output_tokens": closing.output_tokens,
+        "cause": closing.cause.name,
+        "end_time": closing.end_time.timestamp(),
+    }
+
+
+def _closing_from_json(value: dict[str, object]) -> Closing:
+    return Closing(
+        output_tokens=int(str(value["output_tokens"])),
+        cause=EndCause[str(value["cause"])],
+        end_time=datetime.fromtimestamp(float(str(value["end_time"])), UTC),
+    )

@@ -1,0 +1,248 @@
+"""Links to workers: one multiplexed ExecuteMany stream for each, whatever runs on it.
+
+One task writes and one reads. Executions are told apart by lanes, small integers that this side
+chooses. When a stream breaks, everything on it fails with WORKER_LOST and the link connects again;
+when a worker is gone from the scheduler's table, its link goes too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from typing import TYPE_CHECKING
+
+import grpc
+import structlog
+from maas.engine.v1 import engine_pb2, engine_service_pb2, engine_service_pb2_grpc
+
+from libs.errors import BY_CODE, Code, Internal, MaasError, Reason, Unavailable
+from libs.process import Background
+from libs.rpc import Peer
+from services.gateway.generation import Sink
+
+if TYPE_CHECKING:
+    from grpc.aio import StreamStreamCall
+
+    Stream = StreamStreamCall[
+        engine_service_pb2.ExecuteManyRequest, engine_service_pb2.ExecuteManyResponse
+    ]
+
+log = structlog.get_logger(__name__)
+
+SERVICES = [engine_service_pb2.DESCRIPTOR.services_by_name["EngineService"]]
+# Messages that a worker may send ahead of us; half of them are granted anew at a time.
+WINDOW = 64
+RECONNECT_S = 0.1
+RECONNECT_MAX_S = 1.0
+START_MAX = 256
+
+_REASONS = {reason.value: reason for reason in Reason}
+
+
+class Link:
+    """The stream to one worker."""
+
+    def __init__(self, worker: str, endpoint: str, credential: str) -> None:
+        self.worker = worker
+        self.endpoint = endpoint
+        self._credential = credential
+        self._sinks: dict[int, Sink] = {}
+        self._free: list[int] = []
+        self._lanes = 0
+        self._starts: list[engine_pb2.Execution] = []
+        self._aborts: list[int] = []
+        self._grant = 0
+        self._wake = asyncio.Event()
+        self._up = asyncio.Event()
+        self._is_retired = False
+
+    @property
+    def running(self) -> int:
+        """Executions on this link."""
+        return len(self._sinks)
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the stream stands."""
+        return self._up.is_set()
+
+    async def ready(self, timeout_s: float) -> None:
+        """Waits until the stream stands.
+
+        Raises:
+            Unavailable: WORKER_LOST, it does not stand in that time.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._up.wait()
+        except TimeoutError:
+            raise self._lost() from None
+
+    def start(self, execution: engine_pb2.Execution, sink: Sink) -> int:
+        """Sends an execution; returns its lane. Its events go to the sink.
+
+        Raises:
+            Unavailable: WORKER_LOST, the stream does not stand.
+        """
+        if not self.is_up:
+            raise self._lost()
+        lane = heapq.heappop(self._free) if self._free else self._new_lane()
+        execution.lane = lane
+        self._sinks[lane] = sink
+        self._starts.append(execution)
+        self._wake.set()
+        return lane
+
+    def abort(self, lane: int, sink: Sink) -> None:
+        """Stops an execution, if it still has that lane. Its remaining events go nowhere."""
+        if self._sinks.get(lane) is sink:
+            self._aborts.append(lane)
+            self._wake.set()
+
+    def retire(self) -> None:
+        """Lets the link end with its present stream: the scheduler has lost the worker."""
+        self._is_retired = True
+
+    async def run(self) -> None:
+        """Keeps the stream up until the link is retired."""
+        backoff_s = RECONNECT_S
+        async with Peer(self.endpoint, self._credential, SERVICES) as peer:
+            stub = engine_service_pb2_grpc.EngineServiceStub(peer.channel)
+            while not self._is_retired:
+                try:
+                    async with peer.both_ways(stub.ExecuteMany) as stream:
+                        await self._serve(stream)
+                        backoff_s = RECONNECT_S
+                except MaasError as error:
+                    log.warning("worker link lost", worker=self.worker, cause=error.message)
+                finally:
+                    self._break()
+                await asyncio.sleep(backoff_s)
+                backoff_s = min(2 * backoff_s, RECONNECT_MAX_S)
+
+    async def _serve(self, stream: Stream) -> None:
+        await stream.write(engine_service_pb2.ExecuteManyRequest(grant=WINDOW))
+        # The worker sends its headers at once: a worker that is not there fails here.
+        await stream.wait_for_connection()
+        self._up.set()
+
+        def give_up(_: BaseException) -> None:
+            stream.cancel()
+
+        async with Background(give_up) as background:
+            background.start(self._write(stream), name=f"write to {self.worker}")
+            await self._read(stream)
+
+    async def _write(self, stream: Stream) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._starts or self._aborts or self._grant:
+                request = engine_service_pb2.ExecuteManyRequest(
+                    start=self._starts[:START_MAX],
+                    abort_lanes=self._aborts[:START_MAX],
+                    grant=self._grant,
+                )
+                del self._starts[:START_MAX]
+                del self._aborts[:START_MAX]
+                self._grant = 0
+                try:
+                    await stream.write(request)
+                except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                    # The reader sees the same end and tells everybody.
+                    return
+
+    async def _read(self, stream: Stream) -> None:
+        received = 0
+        while True:
+            response = await stream.read()
+            if not isinstance(response, engine_service_pb2.ExecuteManyResponse):
+                return
+            self._dispatch(response.events)
+            received += 1
+            if received >= WINDOW // 2:
+                self._grant += received
+                received = 0
+                self._wake.set()
+
+    def _dispatch(self, events: engine_pb2.StepEvents) -> None:
+        sinks = self._sinks
+        for accepted in events.accepted:
+            sinks[accepted.lane].accept(accepted.input_tokens)
+        token_ids = events.token_ids
+        if events.token_counts:
+            start = 0
+            rows = zip(events.lanes, events.token_counts, events.texts, strict=True)
+            for lane, count, text in rows:
+                sinks[lane].push(text, token_ids[start : start + count])
+                start += count
+        else:
+            for lane, token_id, text in zip(events.lanes, token_ids, events.texts, strict=True):
+                sinks[lane].push(text, [token_id])
+        for ended in events.ended:
+            self._end(ended)
+
+    def _end(self, ended: engine_pb2.Ended) -> None:
+        sink = self._sinks.pop(ended.lane)
+        heapq.heappush(self._free, ended.lane)
+        if ended.HasField("failure"):
+            sink.fail(self._error_of(ended.failure))
+        else:
+            sink.finish(ended.end)
+
+    def _error_of(self, failure: engine_pb2.Failure) -> MaasError:
+        kind = BY_CODE.get(Code(failure.code), Internal) if failure.code else Internal
+        return kind(
+            failure.message,
+            reason=_REASONS.get(failure.reason),
+            metadata=dict(failure.metadata),
+            retry_after_s=1.0 if kind is Unavailable else None,
+        )
+
+    def _break(self) -> None:
+        """Fails everything on the stream; lanes start anew with the next one."""
+        self._up.clear()
+        sinks = list(self._sinks.values())
+        self._sinks.clear()
+        self._starts.clear()
+        self._aborts.clear()
+        self._grant = 0
+        self._free.clear()
+        self._lanes = 0
+        for sink in sinks:
+            sink.fail(self._lost())
+
+    def _new_lane(self) -> int:
+        self._lanes += 1
+        return self._lanes
+
+    def _lost(self) -> Unavailable:
+        return Unavailable(
+            "the worker was lost",
+            reason=Reason.WORKER_LOST,
+            metadata={"worker": self.worker},
+            retry_after_s=1.0,
+        )
+
+
+class LinkPool:
+    """The links of this gateway: to workers that the scheduler named, and to no others."""
+
+    def __init__(self, credential: str, background: Background) -> None:
+        self._credential = credential
+        self._background = background
+        self._links: dict[tuple[str, str], Link] = {}
+
+    def get(self, worker: str, endpoint: str) -> Link:
+        """Returns the link to a worker, opening it when it is new."""
+        link = self._links.get((worker, endpoint))
+        if link is None:
+            link = Link(worker, endpoint, self._credential)
+            self._links[worker, endpoint] = link
+            self._background.start(link.run(), name=f"link to {worker}")
+        return link
+
+    def retain(self, workers: set[tuple[str, str]]) -> None:
+        """Retires the links to all but these workers and endpoints."""
+        for key in [key for key in self._links if key not in workers]:
+            self._links.pop(key).retire()

@@ -1,0 +1,184 @@
+"""Settlement: ended generations go to billing in batches, each until billing says it is durable.
+
+Under no client's deadline. Nothing leaves the queue before the answer; an unknown outcome is sent
+again and billing's key absorbs it. The same call renews the leases of the slices. A settlement
+that billing refuses as wrong is a defect: it is set aside, loudly, so that it cannot hold up the
+rest, and the journal keeps it for the next start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import structlog
+
+from libs.clock import Clock
+from libs.errors import InvalidArgument, MaasError
+from services.gateway import metrics
+from services.gateway.domain import Closing, Opening
+from services.gateway.journal import Journal
+from services.gateway.slices import LEASE_MARGIN_S, SliceBook
+
+log = structlog.get_logger(__name__)
+
+BATCH_MAX = 500
+BACKOFF_MAX_S = 1.0
+# Renewals a lease: one may fail and the next is still in time.
+RENEWALS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settlement:
+    """One generation to settle.
+
+    Attributes:
+        ordinal: in this process's journal; None for one that was recovered.
+        opening: from the acceptance.
+        closing: from the end.
+        owed: nanos owed on its slice in this process's book; 0 for one that was recovered.
+    """
+
+    ordinal: int | None
+    opening: Opening
+    closing: Closing
+    owed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """What billing answers.
+
+    Attributes:
+        lost_slice_ids: slices that can no longer be spent from.
+        lease_s: new length of the leases, counted from when it was asked for.
+    """
+
+    lost_slice_ids: list[str]
+    lease_s: float
+
+
+Settle = Callable[[list[Settlement], list[str]], Awaitable[Settled]]
+"""Asks billing: settlements, slices to renew."""
+
+
+class Settler:
+    """The queue and its one worker."""
+
+    def __init__(
+        self,
+        *,
+        settle: Settle,
+        book: SliceBook,
+        journal: Journal,
+        clock: Clock,
+        interval_s: float,
+        idle_s: float,
+    ) -> None:
+        self._settle = settle
+        self._book = book
+        self._journal = journal
+        self._clock = clock
+        self._interval_s = interval_s
+        self._idle_s = idle_s
+        self._queue: list[Settlement] = []
+        self._wake = asyncio.Event()
+        self._renew_at_s = 0.0
+        self._lease_s = 60.0
+
+    @property
+    def queued(self) -> int:
+        """Settlements that are not known to be durable."""
+        return len(self._queue)
+
+    def put(self, settlement: Settlement) -> None:
+        """Queues a settlement. The queue is bounded by what slices can pay for."""
+        self._queue.append(settlement)
+        metrics.SETTLEMENTS_QUEUED.set(len(self._queue))
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Settles, renews and gives back, for ever."""
+        backoff_s = self._interval_s
+        while True:
+            try:
+                async with asyncio.timeout(self._interval_s if self._queue else self._idle_s / 4):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+            self._wake.clear()
+            # What ends within the interval goes together.
+            await self._clock.sleep_s(self._interval_s)
+            try:
+                await self.flush()
+                await self._book.close_idle(self._idle_s)
+                backoff_s = self._interval_s
+            except MaasError as error:
+                log.warning("settlement waits", cause=error.reason.value, queued=len(self._queue))
+                await self._clock.sleep_s(backoff_s)
+                backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)
+
+    async def flush(self) -> None:
+        """Settles what is queued now, and renews leases that are due.
+
+        Raises:
+            Unavailable: billing is away; everything stays queued.
+        """
+        while self._queue:
+            await self._settle_batch(self._queue[:BATCH_MAX])
+        if self._clock.monotonic_s() >= self._renew_at_s and self._book.open_ids():
+            await self._settle_batch([])
+
+    async def finish(self) -> None:
+        """Settles everything and gives all slices back. For the drain; bounded by its caller."""
+        while not await self._try_finish():
+            await self._clock.sleep_s(self._interval_s)
+
+    async def _try_finish(self) -> bool:
+        try:
+            await self.flush()
+            await self._book.close_idle(0.0)
+        except MaasError:
+            return False
+        return True
+
+    async def _settle_batch(self, batch: list[Settlement]) -> None:
+        asked_at_s = self._clock.monotonic_s()
+        slice_ids = self._book.open_ids()
+        try:
+            settled = await self._settle(batch, slice_ids)
+        except InvalidArgument as error:
+            await self._isolate(batch, error)
+            return
+        self._lease_s = settled.lease_s
+        self._renew_at_s = asked_at_s + settled.lease_s / RENEWALS
+        self._book.renewed(slice_ids, asked_at_s + settled.lease_s - LEASE_MARGIN_S)
+        self._book.lost(settled.lost_slice_ids)
+        self._acknowledge(batch)
+
+    def _acknowledge(self, batch: list[Settlement]) -> None:
+        ordinals = [item.ordinal for item in batch if item.ordinal is not None]
+        if ordinals:
+            self._journal.settled(ordinals)
+        for item in batch:
+            self._book.settled(item.opening.slice_id, item.owed)
+        # Only this task removes, so the batch is still the head of the queue.
+        del self._queue[: len(batch)]
+        metrics.SETTLEMENTS_QUEUED.set(len(self._queue))
+
+    async def _isolate(self, batch: list[Settlement], error: MaasError) -> None:
+        """Finds the settlement that billing refuses, by halves, and sets it aside."""
+        if len(batch) > 1:
+            await self._settle_batch(batch[: len(batch) // 2])
+            return
+        if not batch:
+            raise error
+        log.error(
+            "settlement refused",
+            generation_id=batch[0].opening.generation_id,
+            cause=error.message,
+        )
+        metrics.SETTLEMENTS_REFUSED.inc()
+        self._book.settled(batch[0].opening.slice_id, batch[0].owed)
+        del self._queue[:1]

@@ -1,0 +1,158 @@
+"""What the gateway knows of other services' state: offerings, prices, workers.
+
+Each table is fed by a watch; requests read it without waiting for anybody. When the other service
+is away the table stays as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+
+from libs.errors import FailedPrecondition, MaasError, Reason, Unavailable, not_found, unavailable
+from services.gateway.domain import Offering, Price, price_in_force
+
+
+class Table:
+    """Base: knows whether its first listing is complete."""
+
+    def __init__(self, service: str) -> None:
+        self._service = service
+        self._complete = asyncio.Event()
+
+    def complete(self) -> None:
+        """Says that the first listing is complete."""
+        self._complete.set()
+
+    async def wait(self) -> None:
+        """Waits for the first listing."""
+        await self._complete.wait()
+
+    def require(self) -> None:
+        """Refuses to answer from a table that was never complete.
+
+        Raises:
+            Unavailable: names the service that feeds the table.
+        """
+        if not self._complete.is_set():
+            raise unavailable(self._service)
+
+
+class Offerings(Table):
+    """What tenants may call."""
+
+    def __init__(self) -> None:
+        super().__init__("catalog")
+        self._by_name: dict[str, Offering] = {}
+
+    def apply(self, offerings: Iterable[Offering]) -> None:
+        """Adds or replaces."""
+        self._by_name.update((offering.name, offering) for offering in offerings)
+
+    def get(self, model: str) -> Offering:
+        """Returns an offering by its id or its name.
+
+        Raises:
+            NotFound: there is none.
+            Unavailable: the table was never complete.
+        """
+        name = model if model.startswith("offerings/") else f"offerings/{model}"
+        offering = self._by_name.get(name)
+        if offering is None:
+            self.require()
+            raise not_found(name)
+        return offering
+
+
+class Prices(Table):
+    """The price book."""
+
+    def __init__(self) -> None:
+        super().__init__("billing")
+        self._by_offering: dict[str, dict[str, Price]] = {}
+
+    def apply(self, prices: Iterable[Price]) -> None:
+        """Adds."""
+        for price in prices:
+            self._by_offering.setdefault(price.offering, {})[price.name] = price
+
+    def get(self, offering: str, now: datetime) -> Price:
+        """Returns the price in force.
+
+        Raises:
+            FailedPrecondition: PRICE_MISSING.
+            Unavailable: the table was never complete.
+        """
+        price = price_in_force(list(self._by_offering.get(offering, {}).values()), now)
+        if price is None:
+            self.require()
+            raise FailedPrecondition(
+                f"{offering} has no price in force",
+                reason=Reason.PRICE_MISSING,
+                metadata={"offering": offering},
+            )
+        return price
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """A worker that takes work.
+
+    Attributes:
+        name: "workers/{worker}".
+        endpoint: host:port.
+        epoch: for its executions.
+        model_versions: that it serves.
+    """
+
+    name: str
+    endpoint: str
+    epoch: int
+    model_versions: frozenset[str]
+
+
+class Workers(Table):
+    """Workers that take work, for the time when no slot can be acquired."""
+
+    def __init__(self) -> None:
+        super().__init__("scheduler")
+        self._by_name: dict[str, Worker] = {}
+
+    def put(self, worker: Worker) -> None:
+        """Adds or replaces."""
+        self._by_name[worker.name] = worker
+
+    def drop(self, name: str) -> None:
+        """Forgets a worker that takes no work."""
+        self._by_name.pop(name, None)
+
+    def clear(self) -> None:
+        """Forgets all: a new listing begins."""
+        self._by_name.clear()
+
+    def endpoints(self) -> set[tuple[str, str]]:
+        """Returns name and endpoint of each."""
+        return {(worker.name, worker.endpoint) for worker in self._by_name.values()}
+
+    def serving(self, model_version: str, exclude: set[str]) -> list[Worker]:
+        """Lists workers of a version, by name."""
+        return sorted(
+            (
+                worker
+                for worker in self._by_name.values()
+                if model_version in worker.model_versions and worker.name not in exclude
+            ),
+            key=lambda worker: worker.name,
+        )
+
+
+def no_ready_worker(model_version: str) -> MaasError:
+    """Makes the error for a version that nobody serves now."""
+    return Unavailable(
+        "no worker serves the model now",
+        reason=Reason.NO_READY_WORKER,
+        metadata={"modelVersion": model_version},
+        retry_after_s=1.0,
+    )
