@@ -1,0 +1,82 @@
+"""Rules of the gateway."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.gateway.domain import (
+    EndCause,
+    Offering,
+    Price,
+    PromptSize,
+    price_in_force,
+    prompt_bound,
+)
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def offering(context_length: int = 1000) -> Offering:
+    return Offering(
+        name="offerings/x",
+        model_version="models/x/versions/1",
+        context_length=context_length,
+        default_max_output_tokens=512,
+        default_temperature=1.0,
+        default_top_p=1.0,
+        default_top_k=0,
+        prompt_overhead_tokens=20,
+        message_overhead_tokens=10,
+    )
+
+
+def price(name: str, offset_s: float) -> Price:
+    return Price(
+        name=name,
+        offering="offerings/x",
+        input_price=100,
+        output_price=200,
+        effective_time=NOW + timedelta(seconds=offset_s),
+    )
+
+
+def test_prompt_bound_counts_the_template_for_chats_only() -> None:
+    text = PromptSize(content_units=50, message_count=0)
+    chat = PromptSize(content_units=50, message_count=3)
+
+    assert prompt_bound(text, offering()) == 52
+    assert prompt_bound(chat, offering()) == 50 + 2 + 20 + 30
+
+
+@given(units=st.integers(0, 10**7), messages=st.integers(0, 4096))
+def test_prompt_bound_never_exceeds_the_context(units: int, messages: int) -> None:
+    size = PromptSize(content_units=units, message_count=messages)
+
+    assert 0 < prompt_bound(size, offering()) <= 1000
+
+
+def test_price_in_force_is_the_latest_that_has_begun() -> None:
+    old, current, future = price("a", -100), price("b", -1), price("c", 1)
+
+    assert price_in_force([future, current, old], NOW) is current
+    assert price_in_force([future], NOW) is None
+
+
+def test_price_rounds_each_line_up() -> None:
+    # 1 * 100 / 1e6 and 1 * 200 / 1e6 are each below one nano.
+    assert price("a", 0).charge(input_tokens=1, output_tokens=1) == 2
+    assert price("a", 0).charge(input_tokens=0, output_tokens=0) == 0
+
+
+def test_only_ends_of_the_clients_own_are_charged() -> None:
+    charged = {cause for cause in EndCause if cause.is_charged}
+
+    assert charged == {
+        EndCause.COMPLETED,
+        EndCause.CLIENT_CANCELLED,
+        EndCause.DEADLINE,
+        EndCause.STALLED,
+    }

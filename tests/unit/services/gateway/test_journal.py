@@ -1,0 +1,204 @@
+"""The usage journal: what a later process finds, whatever happened to this one."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from libs.errors import Unavailable
+from services.gateway import journal as journal_module
+from services.gateway.domain import Closing, EndCause, Opening
+from services.gateway.journal import Journal, JournalBusy, read_records
+
+NOW = datetime(2026, 1, 1, 12, 0, 0, 123456, tzinfo=UTC)
+LATER = datetime(2026, 1, 2, tzinfo=UTC)
+
+
+def opening(number: int, slice_id: str = "s1") -> Opening:
+    return Opening(
+        generation_id=f"gen_g1_{number}",
+        slice_id=slice_id,
+        account="accounts/dev",
+        project="projects/dev",
+        api_key="apiKeys/k",
+        offering="offerings/x",
+        model_version="models/x/versions/1",
+        price="prices/p",
+        input_tokens=7,
+        start_time=NOW,
+    )
+
+
+def closing(count: int, cause: EndCause = EndCause.COMPLETED) -> Closing:
+    return Closing(output_tokens=count, cause=cause, end_time=NOW)
+
+
+def abandon(journal: Journal) -> None:
+    """Ends a journal as SIGKILL would: descriptors go, files stay."""
+    os.close(journal._descriptor)
+    os.close(journal._lock)
+
+
+def test_a_running_generation_is_recovered_at_its_last_count(tmp_path: Path) -> None:
+    first = Journal(tmp_path)
+    first.slice_wanted("s1")
+    ordinal = first.opened(opening(1))
+    first.progress(ordinal, 3)
+    first.progress(ordinal, 9)
+    abandon(first)
+
+    recovered = Journal(tmp_path).recover(LATER)
+
+    want = Closing(output_tokens=9, cause=EndCause.GATEWAY_LOST, end_time=LATER)
+    assert recovered.settlements == [(opening(1), want)]
+    assert recovered.slice_ids == ["s1"]
+
+
+def test_an_ended_generation_is_recovered_with_its_own_end(tmp_path: Path) -> None:
+    first = Journal(tmp_path)
+    ordinal = first.opened(opening(1))
+    first.closed(ordinal, closing(5, EndCause.CLIENT_CANCELLED))
+    abandon(first)
+
+    recovered = Journal(tmp_path).recover(LATER)
+
+    assert recovered.settlements == [(opening(1), closing(5, EndCause.CLIENT_CANCELLED))]
+
+
+def test_what_is_settled_and_closed_is_not_recovered(tmp_path: Path) -> None:
+    first = Journal(tmp_path)
+    first.slice_wanted("s1")
+    ordinal = first.opened(opening(1))
+    first.closed(ordinal, closing(5))
+    first.settled([ordinal])
+    first.slices_closed(["s1"])
+    abandon(first)
+
+    recovered = Journal(tmp_path).recover(LATER)
+
+    assert recovered.settlements == []
+    assert recovered.slice_ids == []
+
+
+@pytest.mark.parametrize("torn_bytes", range(1, 17))
+def test_a_torn_last_record_is_left_out(tmp_path: Path, torn_bytes: int) -> None:
+    first = Journal(tmp_path)
+    ordinal = first.opened(opening(1))
+    first.progress(ordinal, 3)
+    first.progress(ordinal, 9)
+    path = first._path(first._number)
+    abandon(first)
+    path.write_bytes(path.read_bytes()[:-torn_bytes])
+
+    recovered = Journal(tmp_path).recover(LATER)
+
+    assert recovered.settlements[0][1].output_tokens == 3
+
+
+def test_a_flipped_bit_ends_the_segment_and_not_the_start(tmp_path: Path) -> None:
+    first = Journal(tmp_path)
+    ordinal = first.opened(opening(1))
+    first.progress(ordinal, 3)
+    path = first._path(first._number)
+    abandon(first)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+    assert [body[:1] for body in read_records(path)] == [b"O"]
+
+
+def test_ordinals_of_two_processes_do_not_meet(tmp_path: Path) -> None:
+    for number in (1, 2):
+        process = Journal(tmp_path)
+        ordinal = process.opened(opening(number))
+        process.progress(ordinal, 10 * number)
+        abandon(process)
+
+    recovered = Journal(tmp_path).recover(LATER)
+
+    counts = {item.generation_id: end.output_tokens for item, end in recovered.settlements}
+    assert counts == {"gen_g1_1": 10, "gen_g1_2": 20}
+
+
+def test_forgotten_segments_are_gone_and_the_own_one_stays(tmp_path: Path) -> None:
+    first = Journal(tmp_path)
+    first.opened(opening(1))
+    abandon(first)
+    second = Journal(tmp_path)
+
+    second.forget(second.recover(LATER))
+    second.opened(opening(2))
+    abandon(second)
+
+    recovered = Journal(tmp_path).recover(LATER)
+    assert [item.generation_id for item, _ in recovered.settlements] == ["gen_g1_2"]
+
+
+def test_finished_segments_are_deleted_and_live_slices_go_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "SEGMENT_BYTES_MAX", 2000)
+    process = Journal(tmp_path)
+    process.slice_wanted("s1")
+    for number in range(100):
+        ordinal = process.opened(opening(number))
+        process.closed(ordinal, closing(number))
+        process.settled([ordinal])
+
+    assert len(list(tmp_path.glob("*.journal"))) <= 2
+    abandon(process)
+    recovered = Journal(tmp_path).recover(LATER)
+    assert recovered.settlements == []
+    assert recovered.slice_ids == ["s1"]
+
+
+def test_progress_in_a_later_segment_still_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "SEGMENT_BYTES_MAX", 500)
+    process = Journal(tmp_path)
+    slow = process.opened(opening(0))
+    for number in range(1, 20):
+        process.settled([process.opened(opening(number))])
+    process.progress(slow, 77)
+    abandon(process)
+
+    recovered = Journal(tmp_path).recover(LATER)
+
+    assert [(item.generation_id, end.output_tokens) for item, end in recovered.settlements] == [
+        ("gen_g1_0", 77)
+    ]
+
+
+def test_two_gateways_cannot_share_a_folder(tmp_path: Path) -> None:
+    first = Journal(tmp_path)
+
+    with pytest.raises(JournalBusy):
+        Journal(tmp_path)
+    first.close()
+
+
+def test_a_clean_end_leaves_nothing(tmp_path: Path) -> None:
+    process = Journal(tmp_path)
+    process.slice_wanted("s1")
+    process.settled([process.opened(opening(1))])
+    process.slices_closed(["s1"])
+
+    process.close()
+
+    assert list(tmp_path.glob("*.journal")) == []
+
+
+def test_a_full_disk_is_a_typed_refusal(tmp_path: Path) -> None:
+    process = Journal(tmp_path)
+    os.close(process._descriptor)
+    process._descriptor = os.open("/dev/full", os.O_WRONLY)
+
+    with pytest.raises(Unavailable) as caught:
+        process.progress(1, 1)
+    assert caught.value.metadata == {"dependency": "journal"}
+    abandon(process)

@@ -1,0 +1,148 @@
+"""The settlement queue: each once acknowledged, none lost, one bad one holds up nobody."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from libs.errors import FieldRule, Unavailable, invalid_field, unavailable
+from libs.testing import FakeClock
+from services.gateway.domain import Closing, EndCause, Opening
+from services.gateway.journal import Journal
+from services.gateway.settlement import Settled, Settlement, Settler
+from services.gateway.slices import Grant, SliceBook
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+class Billing:
+    def __init__(self) -> None:
+        self.settled: list[str] = []
+        self.calls: list[int] = []
+        self.renewed: list[list[str]] = []
+        self.is_away = False
+        self.bad: set[str] = set()
+
+    async def settle(self, settlements: list[Settlement], renew: list[str]) -> Settled:
+        if self.is_away:
+            raise unavailable("billing")
+        names = [item.opening.generation_id for item in settlements]
+        if self.bad & set(names):
+            raise invalid_field("settlements", FieldRule.BAD_FORMAT, "bad")
+        self.calls.append(len(names))
+        self.renewed.append(renew)
+        self.settled += names
+        return Settled(lost_slice_ids=[], lease_s=60.0)
+
+
+class World:
+    def __init__(self, folder: Path) -> None:
+        self.clock = FakeClock()
+        self.billing = Billing()
+        self.journal = Journal(folder)
+        self.book = SliceBook(
+            acquire=self._acquire,
+            close=self._close,
+            new_id=lambda: "s1",
+            clock=self.clock,
+            slice_nanos=1000,
+            slices_max=5,
+        )
+        self.settler = Settler(
+            settle=self.billing.settle,
+            book=self.book,
+            journal=self.journal,
+            clock=self.clock,
+            interval_s=0.1,
+            idle_s=2.0,
+        )
+
+    async def _acquire(self, slice_id: str, account: str, required: int, wanted: int) -> Grant:
+        del slice_id, account, required
+        return Grant(wanted, 60.0)
+
+    async def _close(self, slice_ids: list[str]) -> None:
+        del slice_ids
+
+    def put(self, number: int) -> None:
+        opening = Opening(
+            generation_id=f"g{number}",
+            slice_id="s1",
+            account="accounts/dev",
+            project="projects/dev",
+            api_key="apiKeys/k",
+            offering="offerings/x",
+            model_version="models/x/versions/1",
+            price="prices/p",
+            input_tokens=1,
+            start_time=NOW,
+        )
+        closing = Closing(output_tokens=1, cause=EndCause.COMPLETED, end_time=NOW)
+        ordinal = self.journal.opened(opening)
+        self.journal.closed(ordinal, closing)
+        self.settler.put(Settlement(ordinal=ordinal, opening=opening, closing=closing, owed=0))
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+async def test_batches_are_bounded_and_complete(world: World) -> None:
+    for number in range(1200):
+        world.put(number)
+
+    await world.settler.flush()
+
+    assert world.billing.calls == [500, 500, 200]
+    assert world.billing.settled == [f"g{number}" for number in range(1200)]
+    assert world.settler.queued == 0
+
+
+async def test_nothing_leaves_the_queue_while_billing_is_away(world: World) -> None:
+    world.put(1)
+    world.billing.is_away = True
+
+    with pytest.raises(Unavailable):
+        await world.settler.flush()
+    assert world.settler.queued == 1
+    world.billing.is_away = False
+    await world.settler.flush()
+
+    assert world.billing.settled == ["g1"]
+
+
+async def test_a_refused_settlement_is_set_aside_alone(world: World) -> None:
+    for number in range(20):
+        world.put(number)
+    world.billing.bad = {"g7"}
+
+    await world.settler.flush()
+
+    assert world.billing.settled == [f"g{number}" for number in range(20) if number != 7]
+    assert world.settler.queued == 0
+
+
+async def test_the_journal_keeps_what_was_set_aside(world: World) -> None:
+    world.put(1)
+    world.put(2)
+    world.billing.bad = {"g1"}
+
+    await world.settler.flush()
+    world.journal.close()
+
+    recovered = Journal(world.journal._folder).recover(NOW)
+    assert [item.generation_id for item, _ in recovered.settlements] == ["g1"]
+
+
+async def test_leases_are_renewed_with_and_without_settlements(world: World) -> None:
+    await world.book.reserve("accounts/dev", 10)
+    await world.settler.flush()
+    world.clock.advance(16)
+
+    await world.settler.flush()
+
+    assert world.billing.calls == [0, 0]
+    assert world.billing.renewed == [["s1"], ["s1"]]
