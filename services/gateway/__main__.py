@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from contextlib import AsyncExitStack
 
@@ -31,26 +32,31 @@ log = structlog.get_logger(__name__)
 
 SERVICE = generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"]
 REPLAY_WAIT_S = 0.2
+# Longest wait for billing when the gateway stops; the journal keeps what is left.
+SETTLE_WAIT_S = 5.0
 
 
-async def replay(journal: Journal, billing: clients.BillingClient, clock: SystemClock) -> None:
-    """Settles and gives back what an earlier process left; waits for billing if it is away."""
+async def replay(
+    journal: Journal, settler: Settler, billing: clients.BillingClient, clock: SystemClock
+) -> None:
+    """Settles and gives back what an earlier process left; waits for billing if it is away.
+
+    What billing refuses as wrong stays in the journal for the next start.
+    """
     recovered = journal.recover(clock.now())
-    settlements = [
-        Settlement(ordinal=None, opening=opening, closing=closing, owed=0)
-        for opening, closing in recovered.settlements
-    ]
+    for opening, closing in recovered.settlements:
+        settler.put(Settlement(ordinal=None, opening=opening, closing=closing, owed=0))
     while True:
         try:
-            for start in range(0, len(settlements), 500):
-                await billing.settle(settlements[start : start + 500], [])
+            await settler.flush()
             if recovered.slice_ids:
                 await billing.close(recovered.slice_ids)
             break
         except MaasError as error:
             log.warning("replay waits for billing", cause=error.message)
             await clock.sleep_s(REPLAY_WAIT_S)
-    journal.forget(recovered)
+    if not settler.refused:
+        journal.forget(recovered)
     log.info("replayed", generations=len(recovered.settlements), slices=len(recovered.slice_ids))
 
 
@@ -83,8 +89,6 @@ async def main(config: Config) -> None:
 
         billing = clients.BillingClient(billing_peer, journal, gateway.instance)
         scheduler = clients.SchedulerClient(scheduler_peer, background)
-        await replay(journal, billing, clock)
-
         offerings, prices, workers = Offerings(), Prices(), Workers()
         links = LinkPool(token, background)
         background.start(clients.follow_offerings(catalog, offerings), name="follow offerings")
@@ -108,6 +112,7 @@ async def main(config: Config) -> None:
             interval_s=gateway.settle_interval,
             idle_s=gateway.slice_idle,
         )
+        await replay(journal, settler, billing, clock)
         background.start(settler.run(), name="settle")
         generations = Generations(
             instance=gateway.instance,
@@ -133,11 +138,12 @@ async def main(config: Config) -> None:
         for table in (offerings, prices, workers):
             await table.wait()
 
-        async def drain() -> None:
-            await generations.drain()
-            await settler.finish()
-
-        await server.serve(drain=drain)
+        await server.serve(drain=generations.drain)
+        try:
+            async with asyncio.timeout(SETTLE_WAIT_S):
+                await settler.finish()
+        except TimeoutError:
+            log.warning("settlements wait for the next start", queued=settler.queued)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import asyncio
 import heapq
 from typing import TYPE_CHECKING
 
-import grpc
 import structlog
 from maas.engine.v1 import engine_pb2, engine_service_pb2, engine_service_pb2_grpc
 
@@ -115,6 +114,8 @@ class Link:
                         backoff_s = RECONNECT_S
                 except MaasError as error:
                     log.warning("worker link lost", worker=self.worker, cause=error.message)
+                except Exception:
+                    log.exception("worker link failed", worker=self.worker)
                 finally:
                     self._break()
                 await asyncio.sleep(backoff_s)
@@ -125,13 +126,20 @@ class Link:
         # The worker sends its headers at once: a worker that is not there fails here.
         await stream.wait_for_connection()
         self._up.set()
-
-        def give_up(_: BaseException) -> None:
-            stream.cancel()
-
-        async with Background(give_up) as background:
-            background.start(self._write(stream), name=f"write to {self.worker}")
-            await self._read(stream)
+        tasks = {
+            asyncio.create_task(self._read(stream), name=f"read from {self.worker}"),
+            asyncio.create_task(self._write(stream), name=f"write to {self.worker}"),
+        }
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for task in done:
+            # A stream that was cancelled under us ends its task as cancelled: it is just over.
+            if not task.cancelled():
+                task.result()
 
     async def _write(self, stream: Stream) -> None:
         while True:
@@ -148,8 +156,8 @@ class Link:
                 self._grant = 0
                 try:
                     await stream.write(request)
-                except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                    # The reader sees the same end and tells everybody.
+                except asyncio.InvalidStateError:
+                    # The call is over; the reader knows why.
                     return
 
     async def _read(self, stream: Stream) -> None:

@@ -194,6 +194,9 @@ class Generations:
         metrics.GENERATIONS_RUNNING.set(self._admitting)
 
     def _cause_of_cancel(self, call: Call) -> EndCause:
+        if self._is_draining:
+            # The grace is over and the server ends its calls: not the client's doing.
+            return EndCause.GATEWAY_LOST
         if call.deadline_s is not None and self._clock.monotonic_s() >= call.deadline_s:
             return EndCause.DEADLINE
         return EndCause.CLIENT_CANCELLED

@@ -64,7 +64,11 @@ Settle = Callable[[list[Settlement], list[str]], Awaitable[Settled]]
 
 
 class Settler:
-    """The queue and its one worker."""
+    """The queue and its one worker.
+
+    Attributes:
+        refused: settlements that billing called wrong.
+    """
 
     def __init__(
         self,
@@ -85,7 +89,8 @@ class Settler:
         self._queue: list[Settlement] = []
         self._wake = asyncio.Event()
         self._renew_at_s = 0.0
-        self._lease_s = 60.0
+        self._lock = asyncio.Lock()
+        self.refused = 0
 
     @property
     def queued(self) -> int:
@@ -125,6 +130,10 @@ class Settler:
         Raises:
             Unavailable: billing is away; everything stays queued.
         """
+        async with self._lock:
+            await self._flush()
+
+    async def _flush(self) -> None:
         while self._queue:
             await self._settle_batch(self._queue[:BATCH_MAX])
         if self._clock.monotonic_s() >= self._renew_at_s and self._book.open_ids():
@@ -151,7 +160,6 @@ class Settler:
         except InvalidArgument as error:
             await self._isolate(batch, error)
             return
-        self._lease_s = settled.lease_s
         self._renew_at_s = asked_at_s + settled.lease_s / RENEWALS
         self._book.renewed(slice_ids, asked_at_s + settled.lease_s - LEASE_MARGIN_S)
         self._book.lost(settled.lost_slice_ids)
@@ -180,5 +188,6 @@ class Settler:
             cause=error.message,
         )
         metrics.SETTLEMENTS_REFUSED.inc()
+        self.refused += 1
         self._book.settled(batch[0].opening.slice_id, batch[0].owed)
         del self._queue[:1]
