@@ -123,7 +123,7 @@ class Link:
 
     async def _serve(self, stream: Stream) -> None:
         await stream.write(engine_service_pb2.ExecuteManyRequest(grant=WINDOW))
-        # The worker sends its headers at once: a worker that is not there fails here.
+        # A worker that is not there fails here.
         await stream.wait_for_connection()
         self._up.set()
         tasks = {

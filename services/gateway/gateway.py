@@ -1,0 +1,125 @@
+"""The parts of a gateway, put together in order; started and ended in order."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+
+import structlog
+
+from libs import ids
+from libs.clock import Clock
+from libs.errors import MaasError
+from libs.process import Background
+from libs.rpc import Peer
+from services.gateway import clients
+from services.gateway.config import GatewaySection
+from services.gateway.journal import Journal
+from services.gateway.links import LinkPool
+from services.gateway.operations import Generations, Limits
+from services.gateway.placement import Placer
+from services.gateway.running import Books
+from services.gateway.settlement import Settlement, Settler
+from services.gateway.slices import SliceBook
+from services.gateway.tables import Offerings, Prices, Table, Workers
+
+log = structlog.get_logger(__name__)
+
+REPLAY_WAIT_S = 0.2
+# Longest wait for billing when the gateway stops; the journal keeps what is left.
+SETTLE_WAIT_S = 5.0
+
+
+class Gateway:
+    """Everything behind the token API. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        config: GatewaySection,
+        *,
+        journal: Journal,
+        billing: Peer,
+        scheduler: Peer,
+        credential: str,
+        background: Background,
+        clock: Clock,
+    ) -> None:
+        self._clock = clock
+        self._journal = journal
+        self._background = background
+        self._billing = clients.BillingClient(billing, journal, config.instance)
+        placement = clients.SchedulerClient(scheduler, background)
+        self.offerings, self.prices, self.workers = Offerings(), Prices(), Workers()
+        self.links = LinkPool(credential, background)
+        self._book = SliceBook(
+            acquire=self._billing.acquire,
+            close=self._billing.close,
+            new_id=lambda: f"{config.instance}-{ids.ulid(clock.now(), secrets.randbits(80))}",
+            clock=clock,
+            slice_nanos=config.slice_nanos,
+            slices_max=config.slices_max,
+        )
+        self._settler = Settler(
+            settle=self._billing.settle,
+            book=self._book,
+            journal=journal,
+            clock=clock,
+            interval_s=config.settle_interval,
+            idle_s=config.slice_idle,
+        )
+        self.generations = Generations(
+            instance=config.instance,
+            limits=Limits(
+                generations_max=config.generations_max,
+                queue_wait_s=config.queue_wait,
+                stall_limit_s=config.stall_limit,
+            ),
+            books=Books(journal=journal, slices=self._book, settler=self._settler, clock=clock),
+            offerings=self.offerings,
+            prices=self.prices,
+            placer=Placer(
+                acquire=placement.acquire,
+                release=placement.release,
+                workers=self.workers,
+                links=self.links,
+            ),
+            random_bits=secrets.randbits,
+        )
+
+    async def start(self) -> None:
+        """Settles what an earlier process left, waits for the tables, starts settling."""
+        await self._replay()
+        self._background.start(self._settler.run(), name="settle")
+        self._background.start(self.generations.watch_stalls(), name="watch stalls")
+        tables: Sequence[Table] = (self.offerings, self.prices, self.workers)
+        for table in tables:
+            await table.wait()
+
+    async def finish(self) -> None:
+        """Settles what has ended and gives all slices back, within bounded time."""
+        try:
+            async with asyncio.timeout(SETTLE_WAIT_S):
+                await self._settler.finish()
+        except TimeoutError:
+            log.warning("settlements wait for the next start", queued=self._settler.queued)
+
+    async def _replay(self) -> None:
+        """Waits for billing if it is away. What it refuses as wrong stays in the journal."""
+        recovered = self._journal.recover(self._clock.now())
+        for opening, closing in recovered.settlements:
+            self._settler.put(Settlement(ordinal=None, opening=opening, closing=closing, owed=0))
+        while True:
+            try:
+                await self._settler.flush()
+                if recovered.slice_ids:
+                    await self._billing.close(recovered.slice_ids)
+                break
+            except MaasError as error:
+                log.warning("replay waits for billing", cause=error.message)
+                await self._clock.sleep_s(REPLAY_WAIT_S)
+        if not self._settler.refused:
+            self._journal.forget(recovered)
+        log.info(
+            "replayed", generations=len(recovered.settlements), slices=len(recovered.slice_ids)
+        )

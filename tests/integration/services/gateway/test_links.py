@@ -1,0 +1,236 @@
+"""Links to workers over real gRPC, against a worker that does what the test says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+from maas.engine.v1 import engine_pb2, engine_service_pb2
+from maas.inference.v1 import generation_pb2
+
+from libs.auth import KeyTable, sha256_of
+from libs.config import ServerSection
+from libs.errors import InvalidArgument, Reason, Unavailable
+from libs.process import Background
+from libs.rpc import Server
+from libs.rpc.identity import Identity
+from services.gateway.generation import new_sink
+from services.gateway.links import SERVICES, WINDOW, Link, LinkPool
+
+if TYPE_CHECKING:
+    from grpc.aio import ServicerContext
+
+    Context = ServicerContext[
+        engine_service_pb2.ExecuteManyRequest, engine_service_pb2.ExecuteManyResponse
+    ]
+
+TOKEN = "ms_gateway_test"
+END = generation_pb2.OutputEnd(reason=generation_pb2.FINISH_REASON_END)
+
+
+class ScriptedWorker:
+    """An EngineService whose streams the test drives."""
+
+    def __init__(self) -> None:
+        self.requests: asyncio.Queue[engine_service_pb2.ExecuteManyRequest] = asyncio.Queue()
+        self.responses: asyncio.Queue[engine_pb2.StepEvents | None] = asyncio.Queue()
+        self.granted = 0
+        self.grants: asyncio.Queue[int] = asyncio.Queue()
+        self.streams = 0
+
+    async def ExecuteMany(self, _: object, context: Context) -> None:  # noqa: N802
+        self.streams += 1
+        await context.send_initial_metadata(())
+        reading = asyncio.create_task(self._read(context))
+        try:
+            while (events := await self.responses.get()) is not None:
+                response = engine_service_pb2.ExecuteManyResponse(events=events)
+                await context.write(response)
+        finally:
+            reading.cancel()
+
+    async def _read(self, context: Context) -> None:
+        while isinstance(request := await context.read(), engine_service_pb2.ExecuteManyRequest):
+            self.granted += request.grant
+            self.grants.put_nowait(request.grant)
+            if request.start or request.abort_lanes:
+                self.requests.put_nowait(request)
+
+    async def Abort(self, *_: object) -> None:  # noqa: N802
+        raise AssertionError
+
+    GetEngineInfo = Abort
+    GetLoad = Abort
+
+
+@asynccontextmanager
+async def served(worker: ScriptedWorker) -> AsyncIterator[str]:
+    methods = [f"{SERVICES[0].full_name}/{method.name}" for method in SERVICES[0].methods]
+    allow = {method: frozenset({"gateway"}) for method in methods}
+    identity = Identity(KeyTable(), {sha256_of(TOKEN): "gateway"}, allow)
+    server = Server(ServerSection(listen="127.0.0.1:0", metrics_listen="127.0.0.1:0"), identity)
+    server.add(worker, SERVICES[0])
+    port = await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(0)
+
+
+@asynccontextmanager
+async def linked(worker: ScriptedWorker) -> AsyncIterator[Link]:
+    async with served(worker) as endpoint, Background() as background:
+        link = LinkPool(TOKEN, background).get("workers/w1", endpoint)
+        await link.ready(5)
+        yield link
+
+
+def execution(name: str) -> engine_pb2.Execution:
+    return engine_pb2.Execution(execution_id=name, model_version="models/m/versions/1", text="x")
+
+
+async def test_columns_reach_the_sink_of_their_lane() -> None:
+    worker = ScriptedWorker()
+    async with linked(worker) as link:
+        first, second = new_sink(), new_sink()
+        lanes = [link.start(execution("a"), first), link.start(execution("b"), second)]
+        worker.responses.put_nowait(
+            engine_pb2.StepEvents(
+                accepted=[
+                    engine_pb2.Accepted(lane=lanes[0], input_tokens=3),
+                    engine_pb2.Accepted(lane=lanes[1], input_tokens=5),
+                ],
+                lanes=lanes,
+                token_counts=[2, 1],
+                token_ids=[10, 11, 20],
+                texts=["ab", "c"],
+            )
+        )
+        worker.responses.put_nowait(
+            engine_pb2.StepEvents(
+                lanes=[lanes[1]],
+                token_ids=[21],
+                texts=["d"],
+                ended=[engine_pb2.Ended(lane=lanes[1], end=END)],
+            )
+        )
+
+        assert (await first.accepted, await second.accepted) == (3, 5)
+        taken = await first.take()
+        assert (taken.text, taken.token_ids) == ("ab", [10, 11])
+        text = ""
+        ids: list[int] = []
+        while True:
+            chunk = await second.take()
+            text, ids = text + chunk.text, ids + chunk.token_ids
+            if chunk.end is not None:
+                break
+        assert (text, ids, chunk.end) == ("cd", [20, 21], END)
+        assert link.running == 1
+
+
+async def test_starts_and_aborts_reach_the_worker() -> None:
+    worker = ScriptedWorker()
+    async with linked(worker) as link:
+        sink = new_sink()
+        lane = link.start(execution("a"), sink)
+        link.abort(lane, sink)
+        link.abort(lane, new_sink())
+
+        request = await worker.requests.get()
+        aborts = list(request.abort_lanes)
+        if not aborts:
+            aborts = list((await worker.requests.get()).abort_lanes)
+        assert request.start[0].execution_id == "a"
+        assert request.start[0].lane == lane
+        assert aborts == [lane]
+
+
+async def test_a_failure_becomes_its_error() -> None:
+    worker = ScriptedWorker()
+    async with linked(worker) as link:
+        sink = new_sink()
+        lane = link.start(execution("a"), sink)
+        failure = engine_pb2.Failure(
+            code=3,
+            reason="CONTEXT_LENGTH_EXCEEDED",
+            message="too long",
+            metadata={"tokens": "9", "limit": "8"},
+        )
+        worker.responses.put_nowait(
+            engine_pb2.StepEvents(ended=[engine_pb2.Ended(lane=lane, failure=failure)])
+        )
+
+        with pytest.raises(InvalidArgument) as caught:
+            await sink.accepted
+        assert caught.value.reason is Reason.CONTEXT_LENGTH_EXCEEDED
+        assert caught.value.metadata == {"tokens": "9", "limit": "8"}
+
+
+async def test_a_broken_stream_fails_everything_on_it_and_comes_back() -> None:
+    worker = ScriptedWorker()
+    async with linked(worker) as link:
+        sink = new_sink()
+        link.start(execution("a"), sink)
+        await worker.requests.get()
+
+        worker.responses.put_nowait(None)
+
+        with pytest.raises(Unavailable) as caught:
+            await sink.take()
+        assert caught.value.reason is Reason.WORKER_LOST
+        assert caught.value.metadata == {"worker": "workers/w1"}
+        await link.ready(5)
+        again = new_sink()
+        link.start(execution("b"), again)
+        assert (await worker.requests.get()).start[0].execution_id == "b"
+        assert worker.streams == 2
+        assert link.running == 1
+
+
+async def test_nonsense_from_a_worker_costs_that_worker_only() -> None:
+    worker = ScriptedWorker()
+    async with linked(worker) as link:
+        sink = new_sink()
+        link.start(execution("a"), sink)
+
+        worker.responses.put_nowait(engine_pb2.StepEvents(lanes=[4711], token_ids=[1], texts=["x"]))
+
+        with pytest.raises(Unavailable):
+            await sink.take()
+        await link.ready(5)
+
+
+async def test_credit_is_granted_as_messages_are_read() -> None:
+    worker = ScriptedWorker()
+    async with linked(worker) as link:
+        sink = new_sink()
+        lane = link.start(execution("a"), sink)
+        await worker.requests.get()
+        for number in range(WINDOW):
+            worker.responses.put_nowait(
+                engine_pb2.StepEvents(lanes=[lane], token_ids=[number], texts=["x"])
+            )
+        received: list[int] = []
+        while len(received) < WINDOW:
+            received += (await sink.take()).token_ids
+        async with asyncio.timeout(5):
+            while worker.granted < WINDOW + WINDOW // 2:
+                await worker.grants.get()
+
+        assert received == list(range(WINDOW))
+        assert worker.granted <= 2 * WINDOW
+
+
+async def test_a_worker_that_is_not_there_is_lost_in_bounded_time() -> None:
+    async with Background() as background:
+        link = LinkPool(TOKEN, background).get("workers/w1", "127.0.0.1:1")
+
+        with pytest.raises(Unavailable) as caught:
+            await link.ready(0.3)
+        with pytest.raises(Unavailable):
+            link.start(execution("a"), new_sink())
+        assert caught.value.reason is Reason.WORKER_LOST
