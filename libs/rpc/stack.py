@@ -88,17 +88,16 @@ class Stack:
     def _around(self, handler: Handler, policy: MethodPolicy, *, validates: bool) -> Any:
         async def around(request: Any, context: Context) -> Any:
             started_s = self._clock.monotonic_s()
-            metadata = _metadata(context)
             call = Call(
                 policy=policy,
-                request_id=_request_id(metadata),
+                request_id=request_id_of(context),
                 started_s=started_s,
                 deadline_s=self._deadline_s(context, policy, started_s),
             )
             set_current_call(call)
             error: MaasError | None = None
             try:
-                self._authenticate(call, metadata.get("authorization"))
+                self._authenticate(call, _metadata(context).get("authorization"))
                 if validates:
                     self._validator.check(request)
                 context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
@@ -194,8 +193,9 @@ def _metadata(context: Context) -> dict[str, str]:
     return {key: value for key, value in pairs if isinstance(value, str)}
 
 
-def _request_id(metadata: dict[str, str]) -> str:
-    given = metadata.get(REQUEST_ID_KEY, "")
+def request_id_of(context: Context) -> str:
+    """Returns the caller's request id, or makes one if there is none that can be used."""
+    given = _metadata(context).get(REQUEST_ID_KEY, "")
     return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 from google.protobuf import any_pb2
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from libs.errors import BY_CODE, Code, FieldRule, Internal, MaasError, Reason, Violation
@@ -17,6 +17,7 @@ PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
 _BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
 _DOMAIN_REASONS = {reason.value: reason for reason in Reason}
+_FIELD_RULES = {rule.value: rule for rule in FieldRule}
 
 
 def grpc_code(code: Code) -> grpc.StatusCode:
@@ -102,7 +103,10 @@ def error_of(failure: grpc.aio.AioRpcError) -> MaasError:
 
 
 def _from_details(kind: type[MaasError], message: str, raw: bytes) -> MaasError:
-    status = status_pb2.Status.FromString(raw)
+    try:
+        status = status_pb2.Status.FromString(raw)
+    except DecodeError:
+        return kind(message)
     reason: Reason | None = None
     metadata: dict[str, str] = {}
     violations: list[Violation] = []
@@ -116,7 +120,12 @@ def _from_details(kind: type[MaasError], message: str, raw: bytes) -> MaasError:
             metadata = dict(info.metadata)
         elif detail.Unpack(bad):
             violations = [
-                Violation(item.field, FieldRule(item.reason), item.description)
+                # A newer server may know more rules.
+                Violation(
+                    item.field,
+                    _FIELD_RULES.get(item.reason, FieldRule.BAD_FORMAT),
+                    item.description,
+                )
                 for item in bad.field_violations
             ]
         elif detail.Unpack(retry):

@@ -107,7 +107,9 @@ def _nested(checks: list[Check]) -> Check:
 def _single(field: FieldDescriptor, rules: options_pb2.FieldRules, checks: list[Check]) -> Check:
     name = field.name
     has_presence = field.has_presence
-    in_choice = field.containing_oneof is not None
+    # A field marked optional stands in a oneof of its own, named after it.
+    choice = field.containing_oneof
+    in_choice = choice is not None and choice.name != f"_{name}"
     required = rules.required
 
     def check(message: Any, path: str, found: list[Violation]) -> None:
@@ -185,6 +187,10 @@ def _range(rules: options_pb2.FieldRules) -> Check:
 
 def _length(most: int, *, is_text: bool) -> Check:
     def check(value: Any, path: str, found: list[Violation]) -> None:
+        # PostgreSQL stores no NUL in a text, and C interfaces end at it.
+        if is_text and "\0" in value:
+            found.append(Violation(path, FieldRule.BAD_FORMAT, "must not contain NUL"))
+            return
         # A character has at most 4 bytes: most texts need no encoding to be measured.
         if len(value) * (4 if is_text else 1) <= most:
             return
