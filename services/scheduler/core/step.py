@@ -1,0 +1,303 @@
+"""One step of the scheduler: a fact goes in, the state changes, commands come out.
+
+Pure: no gRPC, SQL, clock, chance or asyncio; equal inputs in equal order give equal commands. A
+request that was asked for ends exactly once: granted, refused, or gone with its caller.
+
+Between steps no request waits that a worker with a free slot could run. So whoever comes finds
+either a free worker and no queue for it, or a queue to join: nobody is overtaken.
+"""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from services.scheduler.core import placement
+from services.scheduler.core.messages import (
+    CallerGone,
+    Command,
+    DrainAsked,
+    EndStream,
+    ExecutionsReported,
+    Grant,
+    Input,
+    LoadReported,
+    Refusal,
+    Refuse,
+    SlotAsked,
+    SlotsReleased,
+    StreamBroken,
+    StreamEnd,
+    Tick,
+    WorkerHeard,
+    WorkerRegistered,
+    WorkerState,
+)
+from services.scheduler.core.queue import Waiter
+from services.scheduler.core.state import (
+    ENDED_REMEMBERED_MAX,
+    SLOTS_PER_WORKER_MAX,
+    Slot,
+    State,
+    Worker,
+)
+
+
+def step(state: State, now_s: float, event: Input) -> list[Command]:
+    """Takes in one fact.
+
+    Args:
+        state: changed in place.
+        now_s: monotonic; never before that of an earlier step.
+        event: what has happened.
+
+    Returns:
+        What to tell whom, in order.
+    """
+    return _Step(state, now_s).take(event)
+
+
+class _Step:
+    """The state, the time and the commands of one step."""
+
+    __slots__ = ("_commands", "_now_s", "_state")
+
+    def __init__(self, state: State, now_s: float) -> None:
+        self._state = state
+        self._now_s = now_s
+        self._commands: list[Command] = []
+
+    def take(self, event: Input) -> list[Command]:
+        match event:
+            case SlotAsked():
+                self._ask(event)
+            case WorkerHeard():
+                self._hear(event)
+            case SlotsReleased():
+                self._release(event)
+            case CallerGone():
+                self._leave(event)
+            case WorkerRegistered():
+                self._register(event)
+            case Tick():
+                self._tick()
+            case _:
+                assert_never(event)
+        return self._commands
+
+    # Requests.
+
+    def _ask(self, ask: SlotAsked) -> None:
+        slot = self._state.slots.get(ask.execution_id)
+        if slot is not None and slot.worker.name not in ask.excluded:
+            self._say_granted(slot, ask, queued_s=0.0)
+            return
+        if slot is not None:
+            # It has failed there: the slot is of no use to this request any more.
+            self._free(slot)
+        if ask.execution_id in self._state.waiting:
+            return
+        workers = placement.eligible(self._state, ask.model_version, ask.excluded)
+        worker = placement.pick(workers)
+        if worker is not None:
+            self._grant(worker, _waiter_of(ask, self._now_s))
+        elif not workers:
+            self._refuse(ask, Refusal.NO_READY_WORKER)
+        elif ask.max_wait_s <= 0:
+            self._refuse(ask, Refusal.QUEUE_TIMEOUT)
+        elif not self._state.put_waiter(_waiter_of(ask, self._now_s)):
+            self._refuse(ask, Refusal.QUEUE_FULL)
+
+    def _leave(self, gone: CallerGone) -> None:
+        waiter = self._state.waiting.get(gone.execution_id)
+        if waiter is not None:
+            self._state.remove_waiter(waiter)
+            return
+        # Granted, but nobody was there to hear it.
+        slot = self._state.unstarted.get(gone.execution_id)
+        if slot is not None:
+            self._free(slot)
+
+    def _release(self, released: SlotsReleased) -> None:
+        for slot_id in released.slot_ids:
+            slot = self._state.slots_by_id.get(slot_id)
+            if slot is not None:
+                self._free(slot)
+
+    def _grant(self, worker: Worker, waiter: Waiter) -> None:
+        start_by_s = self._now_s + self._state.settings.start_within_s
+        slot = self._state.add_slot(worker, waiter.execution_id, start_by_s)
+        worker.granted_turn = self._state.next_turn()
+        queued_s = self._now_s - waiter.asked_s
+        self._say_granted(slot, waiter, queued_s=queued_s)
+
+    def _say_granted(self, slot: Slot, who: SlotAsked | Waiter, *, queued_s: float) -> None:
+        workers = placement.eligible(self._state, who.model_version, who.excluded)
+        most = self._state.settings.fallbacks_max
+        fallbacks = placement.fallbacks(workers, slot.worker, most)
+        self._commands.append(
+            Grant(
+                execution_id=slot.execution_id,
+                slot_id=slot.slot_id,
+                target=placement.target_of(slot.worker),
+                fallbacks=fallbacks,
+                queued_s=queued_s,
+            )
+        )
+
+    def _refuse(self, who: SlotAsked | Waiter, refusal: Refusal) -> None:
+        self._commands.append(
+            Refuse(execution_id=who.execution_id, model_version=who.model_version, refusal=refusal)
+        )
+
+    def _free(self, slot: Slot) -> None:
+        self._state.remove_slot(slot)
+        self._fill(slot.worker)
+
+    def _fill(self, worker: Worker) -> None:
+        """Gives a worker's free slots to those who wait."""
+        while worker.state is WorkerState.READY and worker.free > 0:
+            waiter = self._state.take_waiter(worker)
+            if waiter is None:
+                return
+            self._grant(worker, waiter)
+
+    def _refuse_hopeless(self, model_versions: tuple[str, ...]) -> None:
+        """Refuses those whom no worker is left for."""
+        for version in model_versions:
+            ready = self._state.ready.get(version, {}).keys()
+            hopeless = [
+                item for item in self._state.queues.get(version, ()) if ready <= item.excluded
+            ]
+            for waiter in hopeless:
+                self._state.remove_waiter(waiter)
+                self._refuse(waiter, Refusal.NO_READY_WORKER)
+
+    # Workers.
+
+    def _register(self, event: WorkerRegistered) -> None:
+        registration = event.registration
+        older = self._state.workers.get(registration.worker)
+        if older is not None and older.epoch >= event.epoch:
+            self._end_stream(registration.worker, event.epoch, StreamEnd.REPLACED, older.epoch)
+            return
+        is_draining = False
+        if older is not None:
+            # A process that drains never stops doing so; that it does is lost with its stream.
+            is_draining = older.is_draining and _is_same_process(older, event)
+            if older.state is not WorkerState.LOST:
+                self._end_stream(older.name, older.epoch, StreamEnd.REPLACED, event.epoch)
+                self._drop(older)
+        worker = Worker(
+            registration=registration,
+            epoch=event.epoch,
+            state=WorkerState.DRAINING if is_draining else WorkerState.READY,
+            is_draining=is_draining,
+            registered_s=self._now_s,
+            heard_s=self._now_s,
+        )
+        self._state.add_worker(worker)
+        for execution_id in registration.running:
+            self._start(worker, execution_id)
+        self._fill(worker)
+        if older is not None:
+            self._refuse_hopeless(older.registration.info.model_versions)
+
+    def _hear(self, event: WorkerHeard) -> None:
+        worker = self._state.workers.get(event.worker)
+        if worker is None or worker.epoch != event.epoch or worker.state is WorkerState.LOST:
+            return
+        worker.heard_s = self._now_s
+        match event:
+            case ExecutionsReported():
+                for execution_id in event.started:
+                    self._start(worker, execution_id)
+                for execution_id in event.ended:
+                    self._end(worker, execution_id)
+            case LoadReported():
+                worker.load = event.load
+            case DrainAsked():
+                worker.is_draining = True
+                self._state.withdraw(worker, WorkerState.DRAINING)
+                self._refuse_hopeless(worker.registration.info.model_versions)
+            case StreamBroken():
+                self._lose(worker)
+            case _:
+                pass  # A sign of life and nothing else.
+
+    def _start(self, worker: Worker, execution_id: str) -> None:
+        if execution_id in worker.ended:
+            # Ids are unique per attempt: this is an old story told late.
+            return
+        slot = self._state.slots.get(execution_id)
+        if slot is not None:
+            left = slot.worker
+            self._state.start_slot(slot, worker)
+            self._fill(left)
+            return
+        if len(worker.slots) >= SLOTS_PER_WORKER_MAX:
+            return
+        # A gateway has placed it by itself, or an earlier scheduler has.
+        slot = self._state.add_slot(worker, execution_id, None)
+        waiter = self._state.waiting.get(execution_id)
+        if waiter is not None:
+            self._state.remove_waiter(waiter)
+            self._say_granted(slot, waiter, queued_s=self._now_s - waiter.asked_s)
+
+    def _end(self, worker: Worker, execution_id: str) -> None:
+        worker.ended[execution_id] = None
+        if len(worker.ended) > ENDED_REMEMBERED_MAX:
+            del worker.ended[next(iter(worker.ended))]
+        slot = self._state.slots.get(execution_id)
+        # Elsewhere it may still run: a worker that refused it says no more than that.
+        if slot is not None and slot.worker is worker:
+            self._free(slot)
+
+    def _lose(self, worker: Worker) -> None:
+        self._drop(worker)
+        self._refuse_hopeless(worker.registration.info.model_versions)
+        self._state.forget_lost(self._now_s - self._state.settings.lost_kept_s)
+
+    def _drop(self, worker: Worker) -> None:
+        self._state.withdraw(worker, WorkerState.LOST)
+        worker.lost_s = self._now_s
+        for slot in list(worker.slots.values()):
+            self._state.remove_slot(slot)
+
+    def _end_stream(self, worker: str, epoch: int, cause: StreamEnd, current_epoch: int) -> None:
+        self._commands.append(
+            EndStream(worker=worker, epoch=epoch, cause=cause, current_epoch=current_epoch)
+        )
+
+    # Time.
+
+    def _tick(self) -> None:
+        settings = self._state.settings
+        for worker in list(self._state.workers.values()):
+            is_silent = self._now_s - worker.heard_s >= settings.lease_s
+            if is_silent and worker.state is not WorkerState.LOST:
+                self._end_stream(worker.name, worker.epoch, StreamEnd.LEASE_OVER, worker.epoch)
+                self._lose(worker)
+        self._state.forget_lost(self._now_s - settings.lost_kept_s)
+        for slot in list(self._state.unstarted.values()):
+            if slot.start_by_s is None or slot.start_by_s > self._now_s:
+                break
+            self._free(slot)
+        late = [item for item in self._state.waiting.values() if item.give_up_s <= self._now_s]
+        for waiter in late:
+            self._state.remove_waiter(waiter)
+            self._refuse(waiter, Refusal.QUEUE_TIMEOUT)
+
+
+def _waiter_of(ask: SlotAsked, now_s: float) -> Waiter:
+    return Waiter(
+        execution_id=ask.execution_id,
+        model_version=ask.model_version,
+        project=ask.project,
+        excluded=ask.excluded,
+        asked_s=now_s,
+        give_up_s=now_s + ask.max_wait_s,
+    )
+
+
+def _is_same_process(older: Worker, event: WorkerRegistered) -> bool:
+    return older.registration.incarnation == event.registration.incarnation
