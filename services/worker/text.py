@@ -29,6 +29,8 @@ from services.worker.stops import ROOT, StopMatcher
 # UTF-8 never needs more to tell what an unfinished character is.
 _UNFINISHED_BYTES_MAX = 3
 _CHARACTER_BYTES_MAX = 4
+_SURROGATE_LEAD = 0xED
+_SURROGATE_MIN = 0xA0
 
 
 class Release(NamedTuple):
@@ -74,6 +76,16 @@ def _whole(piece: bytes) -> str | None:
         return None
 
 
+def _decode(data: bytes) -> tuple[str, bytes]:
+    """Decodes what is certain; returns it and the bytes of an unfinished character."""
+    text, used = codecs.utf_8_decode(data, "replace", False)
+    rest = data[used:]
+    if len(rest) == 2 and rest[0] == _SURROGATE_LEAD and rest[1] >= _SURROGATE_MIN:  # noqa: PLR2004
+        # Half of a surrogate: CPython waits for its third byte, but no character comes of it.
+        return text + "\ufffd\ufffd", b""
+    return text, rest
+
+
 class OutputText:
     """The text of one execution. Positions are characters of the text not yet released."""
 
@@ -97,8 +109,8 @@ class OutputText:
         self._text = ""
         self._unfinished = b""
         self._token_ids: list[int] = []
-        # Where the first character of each held token stands; None for tokens without bytes.
-        self._starts: list[int | None] = []
+        # The first character that shows each held token.
+        self._starts: list[int] = []
         # (held tokens, characters) after each held token behind which no character is unfinished.
         self._boundaries: list[tuple[int, int]] = []
         self._is_over = False
@@ -109,8 +121,7 @@ class OutputText:
         """Goes on behind tokens that were released elsewhere. Before the first push."""
         length = self._matcher.length_max if self._matcher is not None else 1
         data = self._tail(token_ids, length * _CHARACTER_BYTES_MAX)
-        text, used = codecs.utf_8_decode(data, "replace", False)
-        self._unfinished = data[used:]
+        text, self._unfinished = _decode(data)
         self._find_stop(text)
         self.is_clear = self._state == ROOT and not self._unfinished
 
@@ -152,28 +163,30 @@ class OutputText:
         """Appends a token to what is held and returns the characters that it completed."""
         piece = self._pieces.data[token_id]
         data = self._unfinished + piece
-        start = len(self._text) + (self._breaks_off(piece) if self._unfinished else 0)
-        added, used = codecs.utf_8_decode(data, "replace", False)
-        self._unfinished = data[used:]
+        if piece:
+            start = len(self._text) + self._breaks_off(piece)
+        else:
+            # A control token shows when the character before it does.
+            start = len(self._text) - (not self._unfinished)
+        added, self._unfinished = _decode(data)
         self._text += added
         self._token_ids.append(token_id)
-        self._starts.append(start if piece else None)
+        self._starts.append(start)
         if not self._unfinished:
             self._boundaries.append((len(self._token_ids), len(self._text)))
         return added
 
     def _breaks_off(self, piece: bytes) -> int:
         """Returns 1 when a piece begins a new character in the middle of an unfinished one."""
-        begun = self._unfinished + piece[:1]
-        text, used = codecs.utf_8_decode(begun, "replace", False)
-        return int(bool(text) and (len(text) > 1 or used < len(begun)))
+        if not self._unfinished:
+            return 0
+        text, unfinished = _decode(self._unfinished + piece[:1])
+        return int(bool(text) and (len(text) > 1 or bool(unfinished)))
 
     def _find_stop(self, added: str) -> tuple[int, str] | None:
         """Steps over new characters; returns how many of them a match leaves over, and it."""
         matcher = self._matcher
-        if matcher is None or (
-            self._state == ROOT and matcher.first_characters.isdisjoint(added)
-        ):
+        if matcher is None or (self._state == ROOT and matcher.first_characters.isdisjoint(added)):
             return None
         state = self._state
         for position, character in enumerate(added):
@@ -195,7 +208,7 @@ class OutputText:
         visible = max(0, len(self._text) - behind - len(stop))
         count = 0
         for start in self._starts:
-            if start is not None and start >= visible:
+            if start >= visible:
                 break
             count += 1
         self._is_over = True
@@ -218,7 +231,7 @@ class OutputText:
     def _forget(self, place: int, count: int, end: int) -> None:
         self._token_ids = self._token_ids[count:]
         self._text = self._text[end:]
-        self._starts = [None if at is None else at - end for at in self._starts[count:]]
+        self._starts = [start - end for start in self._starts[count:]]
         self._boundaries = [
             (tokens - count, at - end) for tokens, at in self._boundaries[place + 1 :]
         ]

@@ -12,6 +12,7 @@ Never: schedules, samples, or keeps state beside the library handle.
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import functools
 import importlib.machinery
@@ -40,10 +41,14 @@ GGML_TYPES: Final = {"f32": 0, "f16": 1, "q8_0": 8}
 """Number types of the KV cache, by the names that llama.cpp's own options use."""
 
 FLASH_ATTENTION_ON: Final = 1
-LOG_LEVEL_ERROR: Final = 4
-LOG_LEVEL_CONTINUED: Final = 5
 NO_TOKEN: Final = -1
 """What the vocabulary answers when it has no such special token."""
+
+ATTRIBUTE_UNKNOWN: Final = 1 << 0
+ATTRIBUTE_CONTROL: Final = 1 << 3
+ATTRIBUTE_USER_DEFINED: Final = 1 << 4
+ATTRIBUTE_STRIPS_LEFT: Final = 1 << 7
+"""Bits of enum llama_token_attr."""
 
 
 class ModelParameters(ctypes.Structure):
@@ -129,6 +134,8 @@ class Batch(ctypes.Structure):
     )
 
 
+_LOG_LEVEL_ERROR: Final = 4
+_ERROR_LINES_MAX: Final = 4
 _LogHook = CFUNCTYPE(None, i32, text, pointer)
 _AbortHook = CFUNCTYPE(None, text)
 
@@ -162,14 +169,14 @@ class Llama:
             ("llama_model_free", library)
         )
 
-        # Process-wide hooks, kept alive here as long as they are installed.
-        self._hooks: list[object] = []
         self._log_set: Callable[[object, None], None] = CFUNCTYPE(None, _LogHook, pointer)(
             ("llama_log_set", library)
         )
         self._set_abort_callback: Callable[[object], Handle | None] = CFUNCTYPE(
             pointer, _AbortHook
         )(("ggml_set_abort_callback", library))
+        self._hooks: list[object] = []
+        self._errors: collections.deque[str] = collections.deque(maxlen=_ERROR_LINES_MAX)
 
         # Microseconds: the GIL is kept.
         self.model_default_params: Callable[[], ModelParameters] = PYFUNCTYPE(ModelParameters)(
@@ -214,6 +221,12 @@ class Llama:
         self.vocab_eos: Callable[[Handle], int] = PYFUNCTYPE(i32, pointer)(
             ("llama_vocab_eos", library)
         )
+        self.vocab_get_text: Callable[[Handle, int], bytes | None] = PYFUNCTYPE(text, pointer, i32)(
+            ("llama_vocab_get_text", library)
+        )
+        self.vocab_get_attr: Callable[[Handle, int], int] = PYFUNCTYPE(i32, pointer, i32)(
+            ("llama_vocab_get_attr", library)
+        )
         self.vocab_get_add_bos: Callable[[Handle], bool] = PYFUNCTYPE(boolean, pointer)(
             ("llama_vocab_get_add_bos", library)
         )
@@ -223,17 +236,27 @@ class Llama:
             ("llama_token_to_piece", library)
         )
 
-    def hook_log(self, handle_line: Callable[[int, bytes, None], None]) -> None:
-        """Sends the library's log, level and text, to a function instead of to stderr."""
-        hook = _LogHook(handle_line)
+    def keep_log(self) -> None:
+        """Keeps the library's last error lines for take_errors, and silences all others."""
+        hook = _LogHook(self._keep_line)
         self._log_set(hook, None)
         self._hooks.append(hook)
+
+    def take_errors(self) -> str:
+        """The error lines that the library logged since the last call, as one line."""
+        lines = [self._errors.popleft() for _ in range(len(self._errors))]
+        return "; ".join(lines)
 
     def hook_abort(self, handle_message: Callable[[bytes], None]) -> None:
         """Calls a function with the reason when an assertion fails, right before abort()."""
         hook = _AbortHook(handle_message)
         self._set_abort_callback(hook)
         self._hooks.append(hook)
+
+    def _keep_line(self, level: int, line: bytes, _user_data: None) -> None:
+        # May run on any thread of the library. Continuation lines only carry progress dots.
+        if level == _LOG_LEVEL_ERROR:
+            self._errors.append(line.decode("utf-8", "replace").strip())
 
 
 @functools.cache
@@ -253,6 +276,7 @@ def open_library() -> Llama:
     except AttributeError as error:
         raise EngineStartError(f"{path} lacks a function of llama.h: {error}") from error
     check_layout(llama.model_default_params(), llama.context_default_params())
+    llama.keep_log()
     llama.backend_init()
     return llama
 

@@ -1,0 +1,75 @@
+"""Between messages and the engine's values. Pure and total."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from maas.engine.v1 import engine_pb2
+from maas.inference.v1 import generation_pb2
+
+from libs.errors import MaasError
+from services.worker.engine.base import Ended, EndReason, EngineInfo, EngineLoad
+
+_FINISH_REASONS = {
+    EndReason.END_OF_SEQUENCE: generation_pb2.FINISH_REASON_END,
+    EndReason.STOP_TOKEN: generation_pb2.FINISH_REASON_STOP_SEQUENCE,
+    EndReason.MAX_TOKENS: generation_pb2.FINISH_REASON_MAX_TOKENS,
+    EndReason.CONTEXT_FULL: generation_pb2.FINISH_REASON_CONTEXT_FULL,
+}
+
+
+def failure_to_pb(error: MaasError) -> engine_pb2.Failure:
+    """Turns an error into what an Ended carries."""
+    return engine_pb2.Failure(
+        code=int(error.code),
+        reason=error.reason.value,
+        message=error.message,
+        metadata=error.metadata,
+    )
+
+
+def end_to_pb(ended: Ended) -> generation_pb2.OutputEnd:
+    """Turns an end that is neither an abort nor a failure into that of an output."""
+    end = generation_pb2.OutputEnd(reason=_FINISH_REASONS[ended.reason])
+    if ended.stop_token_id is not None:
+        end.stop_token_id = ended.stop_token_id
+    return end
+
+
+def stop_to_pb(sequence: str) -> generation_pb2.OutputEnd:
+    """Makes the end of an output that a stop sequence ended."""
+    return generation_pb2.OutputEnd(
+        reason=generation_pb2.FINISH_REASON_STOP_SEQUENCE, stop_sequence=sequence
+    )
+
+
+def info_to_pb(
+    info: EngineInfo, *, model_versions: Sequence[str], max_waiting: int
+) -> engine_pb2.EngineInfo:
+    """Describes a worker."""
+    return engine_pb2.EngineInfo(
+        engine=info.engine,
+        engine_version=info.version,
+        model_versions=model_versions,
+        context_length=info.context_length,
+        max_running=info.max_running,
+        max_waiting=max_waiting,
+        vocabulary_size=info.vocabulary_size,
+        digest=info.digest,
+    )
+
+
+def load_to_pb(load: EngineLoad, *, preparing: int) -> engine_pb2.LoadReport:
+    """Describes a load. What was not measured stays absent.
+
+    Args:
+        load: of the engine.
+        preparing: executions that the engine does not know yet; they wait too.
+    """
+    return engine_pb2.LoadReport(
+        running=load.running,
+        waiting=None if load.waiting is None else load.waiting + preparing,
+        waiting_tokens=load.waiting_tokens,
+        kv_used_tokens=load.kv_used_tokens,
+        kv_total_tokens=load.kv_total_tokens,
+    )

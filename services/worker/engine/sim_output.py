@@ -1,0 +1,115 @@
+"""What the simulator says: pseudo-English, as a pure function. No clock, no randomness of its own.
+
+The token at output position p depends on (prompt, seed, p) alone, so a continuation goes on as the
+uninterrupted output would have:
+
+    base   = first 64 bits of BLAKE2b(prompt ids, seed)         seed left out at temperature 0
+    hash   = splitmix64(base + p * golden ratio)                Steele, Lea, Flood 2014
+    token  = table[place of p in its sentence][top 12 bits of hash]
+
+Sentences have a length that the base picks; words are frequent as their rank says (Zipf).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from array import array
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from services.worker.engine.base import EngineRequest
+from services.worker.engine.sim_tokenizer import SimTokenizer
+from services.worker.engine.sim_words import WORDS
+
+_TABLE_BITS = 12
+_SENTENCE_MIN = 6
+_SENTENCE_KINDS = 8
+# Positions are turned into tokens this many at a time: 20 ns a token, and little wasted on aborts.
+_CHUNK = 256
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+_MASK = (1 << 64) - 1
+
+# Rows of the table.
+_INSIDE, _FIRST, _LAST, _OPENING = range(4)
+
+Tokens = npt.NDArray[np.int32]
+
+
+def base_of(request: EngineRequest) -> int:
+    """Returns the 64 bits that fix the whole output of a request."""
+    digest = hashlib.blake2b(array("I", request.prompt_ids).tobytes(), digest_size=8)
+    if request.sampling.temperature > 0:
+        digest.update(request.sampling.seed.to_bytes(8, "little"))
+    return int.from_bytes(digest.digest(), "little")
+
+
+def end_of(base: int, mean_length: int) -> int:
+    """Returns the position of the end of sequence: geometric with that mean, at least 1."""
+    share = ((base * int(_MIX_1) & _MASK) >> 11) / (1 << 53)
+    return max(1, math.ceil(-math.log1p(-share) * mean_length))
+
+
+class SimOutput:
+    """The tables of one vocabulary."""
+
+    def __init__(self, tokenizer: SimTokenizer) -> None:
+        inside = _zipf([_known(tokenizer, f" {word}") for word in WORDS])
+        first = _zipf([_known(tokenizer, f" {word.capitalize()}") for word in WORDS])
+        opening = _zipf([_known(tokenizer, word.capitalize()) for word in WORDS])
+        last = np.full(1 << _TABLE_BITS, _known(tokenizer, "."), dtype=np.int32)
+        self._table = np.stack([inside, first, last, opening])
+
+    def tokens(self, base: int, start: int, end: int) -> Tokens:
+        """Returns the tokens of positions start <= p < end; int32, shape (end - start,)."""
+        positions = np.arange(start, end, dtype=np.uint64)
+        length = _SENTENCE_MIN + base % _SENTENCE_KINDS
+        place = positions % np.uint64(length)
+        row = np.where(place == 0, _FIRST, np.where(place == length - 1, _LAST, _INSIDE))
+        if start == 0 and end > 0:
+            row[0] = _OPENING
+        column = _splitmix(np.uint64(base) + positions * _GOLDEN) >> np.uint64(64 - _TABLE_BITS)
+        tokens: Tokens = self._table[row, column]
+        return tokens
+
+    def iterate(self, base: int, start: int) -> Iterator[int]:
+        """Yields tokens from a position on, without end."""
+        while True:
+            yield from self.tokens(base, start, start + _CHUNK).tolist()
+            start += _CHUNK
+
+    def find(self, base: int, start: int, end: int, wanted: frozenset[int]) -> int | None:
+        """Returns the first position in start <= p < end that holds a wanted token, or None."""
+        ids = np.fromiter(wanted, dtype=np.int64)
+        while start < end:
+            stop = min(end, start + _CHUNK)
+            hits = np.flatnonzero(np.isin(self.tokens(base, start, stop), ids))
+            if hits.size:
+                return start + int(hits[0])
+            start = stop
+        return None
+
+
+def _known(tokenizer: SimTokenizer, text: str) -> int:
+    """Returns the token of a text; of its last character where the whole is no token."""
+    found = tokenizer.id_of(text)
+    return found if found is not None else ord(text[-1])
+
+
+def _zipf(ids: list[int]) -> Tokens:
+    """Fills a row so that the id of rank r comes about 1 / (r + 8) as often as the first."""
+    weights = 1.0 / (np.arange(len(ids)) + 8.0)
+    ends = np.cumsum(weights) / weights.sum() * (1 << _TABLE_BITS)
+    ranks = np.searchsorted(ends, np.arange(1 << _TABLE_BITS), side="right")
+    return np.asarray(ids, dtype=np.int32)[np.minimum(ranks, len(ids) - 1)]
+
+
+def _splitmix(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    mixed = (state ^ (state >> np.uint64(30))) * _MIX_1
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * _MIX_2
+    return mixed ^ (mixed >> np.uint64(31))

@@ -1,0 +1,169 @@
+"""From the input of an execution to token ids. Pure; may run in a thread.
+
+What a user typed never becomes a control token. A rendered conversation is encoded as a whole, the
+way the model was trained, and then checked: its control tokens must be those of the same
+conversation with every content replaced by a placeholder. Where they differ, somebody typed the
+text of a control token (or a template made one out of what was typed), and the conversation is put
+together from the template's own pieces and the contents, each encoded by itself and the contents
+without control tokens. Only such conversations may be tokenised a little differently at the seams.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from maas.engine.v1 import engine_pb2
+from maas.inference.v1 import generation_pb2
+
+from libs.errors import FieldRule, InvalidArgument, Reason, invalid_field
+from services.worker.chat import ChatTemplate, Turn
+from services.worker.engine.base import Tokenizer
+from services.worker.text import TokenPieces
+
+# Texts longer than this are tokenised away from the event loop: about a millisecond's work.
+SHORT_CHARACTERS_MAX = 4096
+
+_ROLES = {
+    generation_pb2.ROLE_SYSTEM: "system",
+    generation_pb2.ROLE_USER: "user",
+    generation_pb2.ROLE_ASSISTANT: "assistant",
+}
+# Private-use characters around a number: nothing that a template trims, splits or changes the
+# case of.
+_PLACEHOLDER = re.compile("\ue000\ue001([0-9]+)\ue002\ue003")
+
+
+class PromptBuilder:
+    """Makes prompts for one model."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        pieces: TokenPieces,
+        template: ChatTemplate | None,
+        *,
+        bos_id: int | None = None,
+    ) -> None:
+        """Keeps what it needs.
+
+        Args:
+            tokenizer: of the model.
+            pieces: of the same vocabulary.
+            template: of the model; None when it has none.
+            bos_id: token that every prompt of this model begins with; None for none.
+        """
+        self._tokenizer = tokenizer
+        self._vocabulary_size = tokenizer.vocabulary_size
+        self._controls = frozenset(
+            token_id for token_id, piece in enumerate(pieces.data) if not piece
+        )
+        self._template = template
+        self._bos_id = bos_id
+
+    def build(self, execution: engine_pb2.Execution) -> Sequence[int]:
+        """Returns the prompt of an execution.
+
+        Raises:
+            InvalidArgument: there is no input, it is empty, a token id is not in the vocabulary,
+                the model has no chat template, or its template refuses the conversation.
+        """
+        ids = self._ids_of(execution)
+        if not ids:
+            raise invalid_field("spec.input", FieldRule.REQUIRED, "must not be empty")
+        return ids
+
+    def check_ids(self, ids: Sequence[int], field: str) -> None:
+        """Checks that ids are in the vocabulary.
+
+        Raises:
+            InvalidArgument: names the first that is not.
+        """
+        if not ids or max(ids) < self._vocabulary_size:
+            return
+        place = next(row for row, token_id in enumerate(ids) if token_id >= self._vocabulary_size)
+        raise invalid_field(
+            f"{field}[{place}]",
+            FieldRule.OUT_OF_RANGE,
+            f"must be below {self._vocabulary_size}, the size of the vocabulary",
+        )
+
+    def _ids_of(self, execution: engine_pb2.Execution) -> list[int]:
+        match execution.WhichOneof("input"):
+            case "chat":
+                return self._with_bos(self._chat(execution))
+            case "text":
+                typed = self._tokenizer.encode(execution.text, parse_special=False)
+                return self._with_bos(typed)
+            case "tokens":
+                ids = list(execution.tokens.ids)
+                self.check_ids(ids, "spec.tokens.ids")
+                return ids
+            case None:
+                raise invalid_field("spec.input", FieldRule.REQUIRED, "must be set")
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        """Puts the first token of every prompt there, unless the template has done so."""
+        if self._bos_id is None or not ids or ids[0] == self._bos_id:
+            return ids
+        return [self._bos_id, *ids]
+
+    def _chat(self, execution: engine_pb2.Execution) -> list[int]:
+        if self._template is None:
+            raise InvalidArgument(
+                "spec.chat: the model has no chat template",
+                reason=Reason.FEATURE_UNSUPPORTED,
+                metadata={"model": execution.model_version, "feature": "spec.chat"},
+            )
+        turns = [_turn(message) for message in execution.chat.messages]
+        ids = self._tokenizer.encode(self._template.render(turns), parse_special=True)
+        scaffold = self._template.render(
+            [
+                # An empty content stays empty: templates ask for that.
+                Turn(turn.role, f"\ue000\ue001{row}\ue002\ue003" if turn.content else "")
+                for row, turn in enumerate(turns)
+            ]
+        )
+        bare = self._tokenizer.encode(scaffold, parse_special=True)
+        if self._controls_of(ids) == self._controls_of(bare):
+            return ids
+        return self._pieced(scaffold, turns)
+
+    def _controls_of(self, ids: Sequence[int]) -> list[int]:
+        controls = self._controls
+        return [token_id for token_id in ids if token_id in controls]
+
+    def _pieced(self, scaffold: str, turns: Sequence[Turn]) -> list[int]:
+        """Encodes the template's text and the contents apart from each other."""
+        ids: list[int] = []
+        # Every second part is the number inside a placeholder.
+        for place, part in enumerate(_PLACEHOLDER.split(scaffold)):
+            if place % 2:
+                content = turns[int(part)].content
+                ids.extend(self._tokenizer.encode(content, parse_special=False))
+            else:
+                ids.extend(self._tokenizer.encode(part, parse_special=True))
+        return ids
+
+
+def is_short(execution: engine_pb2.Execution) -> bool:
+    """Tells whether a prompt is made so fast that it may happen on the event loop."""
+    match execution.WhichOneof("input"):
+        case "chat":
+            return _characters(execution.chat) <= SHORT_CHARACTERS_MAX
+        case "text":
+            return len(execution.text) <= SHORT_CHARACTERS_MAX
+        case _:
+            return True
+
+
+def _characters(chat: generation_pb2.ChatInput) -> int:
+    # Each message counts, so that many empty ones are not short.
+    return sum(8 + sum(len(part.text) for part in item.parts) for item in chat.messages)
+
+
+def _turn(message: generation_pb2.ChatMessage) -> Turn:
+    role = _ROLES.get(message.role)
+    if role is None:
+        raise invalid_field("spec.chat", FieldRule.UNKNOWN_ENUM, "has a message of an unknown role")
+    return Turn(role, "".join(part.text for part in message.parts))

@@ -1,0 +1,175 @@
+"""The worker's side of WorkerRegistryService.Connect: who it is, how loaded, what runs.
+
+    connect -> Register -> Welcome(epoch) -> LoadReport every heartbeat, ExecutionReport at once,
+    Drain -> stream lost -> wait a little, connect again with the whole state, for ever
+
+The worker serves all the while: without a scheduler it keeps its epoch and what runs on it.
+One task writes; what happens in one turn of the event loop goes into one report.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING
+
+import grpc
+import structlog
+from maas.engine.v1 import engine_pb2
+from maas.scheduler.v1 import worker_registry_service_pb2 as registry_pb
+from maas.scheduler.v1 import worker_registry_service_pb2_grpc
+
+from libs.clock import Clock
+from libs.errors import MaasError, unavailable
+from libs.process import Background
+from libs.rpc import Peer
+from services.worker.convert import load_to_pb
+from services.worker.engine.base import Engine
+from services.worker.executions import Executions
+from services.worker.reports import Reports
+
+if TYPE_CHECKING:
+    from grpc.aio import StreamStreamCall
+
+    Call = StreamStreamCall[registry_pb.ConnectRequest, registry_pb.ConnectResponse]
+
+log = structlog.get_logger(__name__)
+
+SERVICES = [registry_pb.DESCRIPTOR.services_by_name["WorkerRegistryService"]]
+BACKOFF_MIN_S = 0.1
+BACKOFF_MAX_S = 2.0
+# A scheduler that accepts the connection and then says nothing is left after this long.
+WELCOME_WITHIN_S = 15.0
+# Ids in one ExecutionReport: half a mebibyte at most.
+REPORT_MAX = 4096
+
+
+class Registration:
+    """Keeps the worker registered. `run` it in the background.
+
+    Attributes:
+        is_up: set while a scheduler has accepted the worker.
+    """
+
+    def __init__(
+        self,
+        peer: Peer,
+        engine: Engine,
+        executions: Executions,
+        reports: Reports,
+        *,
+        register: registry_pb.Register,
+        clock: Clock,
+    ) -> None:
+        """Keeps what it needs.
+
+        Args:
+            peer: the scheduler.
+            engine: whose load is reported.
+            executions: what runs; its epoch is set.
+            reports: what started and ended.
+            register: who the worker is; running executions are filled in here.
+            clock: for heartbeats and the wait between two attempts.
+        """
+        self.is_up = asyncio.Event()
+        self._peer = peer
+        self._stub = worker_registry_service_pb2_grpc.WorkerRegistryServiceStub(peer.channel)
+        self._engine = engine
+        self._executions = executions
+        self._reports = reports
+        self._register = register
+        self._clock = clock
+        self._is_draining = False
+        self._is_heartbeat_due = False
+
+    def drain(self) -> None:
+        """Tells the scheduler, now and after every reconnection, that nothing new is taken."""
+        self._is_draining = True
+        self._reports.changed.set()
+
+    async def run(self) -> None:
+        """Connects, again and again, for ever."""
+        backoff_s = BACKOFF_MIN_S
+        while True:
+            try:
+                async with self._peer.both_ways(self._stub.Connect) as call:
+                    await self._converse(call)
+            except (MaasError, TimeoutError) as error:
+                log.warning("scheduler lost", endpoint=self._peer.endpoint, cause=str(error))
+            if self.is_up.is_set():
+                self.is_up.clear()
+                backoff_s = BACKOFF_MIN_S
+            self._reports.close()
+            # Chance spreads the workers of a scheduler that comes back.
+            await self._clock.sleep_s(backoff_s * (0.5 + random.random()))  # noqa: S311 - not a secret
+            backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)
+
+    async def _converse(self, call: Call) -> None:
+        heartbeat_s = await self._introduce(call)
+        self.is_up.set()
+        log.info("registered", epoch=self._executions.epoch)
+
+        def give_up(_: BaseException) -> None:
+            call.cancel()
+
+        async with Background(give_up) as background:
+            background.start(self._write(call), name="report")
+            background.start(self._beat(heartbeat_s), name="heartbeat")
+            # Nothing more is said to workers yet; this waits for the end of the stream.
+            while await call.read() is not grpc.aio.EOF:
+                pass
+        raise unavailable("scheduler")
+
+    async def _introduce(self, call: Call) -> float:
+        """Registers; returns the heartbeat interval, seconds."""
+        register = registry_pb.Register()
+        register.CopyFrom(self._register)
+        register.running_execution_ids.extend(self._executions.running_ids())
+        # From here on changes are kept: nothing is lost between this state and the first report.
+        self._reports.open()
+        async with asyncio.timeout(WELCOME_WITHIN_S):
+            await call.write(registry_pb.ConnectRequest(register=register))
+            response = await call.read()
+        if not isinstance(response, registry_pb.ConnectResponse):
+            raise unavailable("scheduler")
+        self._executions.epoch = response.welcome.epoch
+        return response.welcome.heartbeat_interval.ToNanoseconds() / 1e9
+
+    async def _beat(self, heartbeat_s: float) -> None:
+        while True:
+            self._is_heartbeat_due = True
+            self._reports.changed.set()
+            await self._clock.sleep_s(heartbeat_s)
+
+    async def _write(self, call: Call) -> None:
+        """Writes what there is to say, until the stream ends; the reader hears why."""
+        is_drain_said = False
+        try:
+            while not self._reports.overflowed:
+                # First, so that what changes while something is written is not missed.
+                self._reports.changed.clear()
+                await self._write_executions(call)
+                if self._is_draining and not is_drain_said:
+                    is_drain_said = True
+                    await call.write(registry_pb.ConnectRequest(drain=registry_pb.Drain()))
+                if self._is_heartbeat_due:
+                    self._is_heartbeat_due = False
+                    await call.write(registry_pb.ConnectRequest(load=self._load()))
+                await self._reports.changed.wait()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return
+        log.error("reports overflowed: registering anew")
+        call.cancel()
+
+    async def _write_executions(self, call: Call) -> None:
+        while True:
+            started, ended = self._reports.take(REPORT_MAX)
+            if not started and not ended:
+                return
+            report = registry_pb.ExecutionReport(
+                started_execution_ids=started, ended_execution_ids=ended
+            )
+            await call.write(registry_pb.ConnectRequest(executions=report))
+
+    def _load(self) -> engine_pb2.LoadReport:
+        return load_to_pb(self._engine.load(), preparing=self._executions.preparing)

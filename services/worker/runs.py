@@ -1,0 +1,117 @@
+"""One execution and one stream, as the worker keeps them. Data and the words for its failures."""
+
+from __future__ import annotations
+
+import asyncio
+
+from maas.engine.v1 import engine_pb2
+from maas.inference.v1 import generation_pb2
+
+from libs.errors import Cancelled, DeadlineExceeded, Internal, MaasError, Reason, Unavailable
+from services.worker.convert import failure_to_pb
+from services.worker.engine.base import Lane
+from services.worker.outbox import Outbox
+from services.worker.text import OutputText
+
+UNLIMITED_S = float("inf")
+
+
+class Stream:
+    """One ExecuteMany call.
+
+    Attributes:
+        outbox: what it has to say.
+        runs: by lane, those whose end it has not been told.
+        tasks: prepare its long prompts; end with the call.
+    """
+
+    def __init__(self, tasks: asyncio.TaskGroup) -> None:
+        self.outbox = Outbox()
+        self.runs: dict[int, Run] = {}
+        self.tasks = tasks
+
+
+class Run:
+    """One execution.
+
+    Attributes:
+        execution_id: what scheduler and gateways know it by.
+        stream: that started it.
+        outbox: of that stream; here too, because every token asks for it.
+        lane: on that stream.
+        deadline_s: monotonic.
+        engine_lane: in the engine; None while it is being prepared.
+        text: its text layer; None while every token is whole text of its own.
+        is_matching: it has stop sequences, so every token goes through the text layer.
+        is_told: its stream has been told its end, or is gone.
+        failure: why it was stopped from outside.
+    """
+
+    __slots__ = (
+        "deadline_s",
+        "engine_lane",
+        "execution_id",
+        "failure",
+        "is_matching",
+        "is_told",
+        "lane",
+        "outbox",
+        "stream",
+        "text",
+    )
+
+    def __init__(self, execution: engine_pb2.Execution, stream: Stream, deadline_s: float) -> None:
+        self.execution_id = execution.execution_id
+        self.stream = stream
+        self.outbox = stream.outbox
+        self.lane = execution.lane
+        self.deadline_s = deadline_s
+        self.engine_lane: Lane | None = None
+        self.text: OutputText | None = None
+        self.is_matching = False
+        self.is_told = False
+        self.failure: MaasError | None = None
+
+    def tell_end(self, end: generation_pb2.OutputEnd) -> None:
+        """Tells the stream that the output ended well."""
+        self._tell(engine_pb2.Ended(lane=self.lane, end=end))
+
+    def tell_failure(self, error: MaasError) -> None:
+        """Tells the stream that there is no result."""
+        self._tell(engine_pb2.Ended(lane=self.lane, failure=failure_to_pb(error)))
+
+    def _tell(self, ended: engine_pb2.Ended) -> None:
+        if self.is_told:
+            return
+        self.is_told = True
+        self.stream.runs.pop(self.lane, None)
+        self.outbox.end(ended)
+
+
+def aborted() -> Cancelled:
+    """The gateway, or an operator, stopped the execution."""
+    return Cancelled("the execution was aborted")
+
+
+def expired() -> DeadlineExceeded:
+    """The execution's budget is used up."""
+    return DeadlineExceeded("the deadline of the call passed")
+
+
+def lost(worker: str) -> Unavailable:
+    """The engine is gone, and with it everything on this worker."""
+    return Unavailable(
+        "the worker's engine died", reason=Reason.WORKER_LOST, metadata={"worker": worker}
+    )
+
+
+def draining(worker: str) -> Unavailable:
+    """The worker takes no new work."""
+    return Unavailable(
+        "the worker is draining", reason=Reason.WORKER_DRAINING, metadata={"worker": worker}
+    )
+
+
+def engine_failure(worker: str) -> Internal:
+    """The engine could not run this execution."""
+    return Internal("the engine failed", reason=Reason.ENGINE_FAILURE, metadata={"worker": worker})

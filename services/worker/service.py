@@ -1,0 +1,97 @@
+"""EngineService: what gateways and the scheduler call. Reads and writes, decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from maas.engine.v1 import engine_pb2, engine_service_pb2_grpc
+from maas.engine.v1 import engine_service_pb2 as engine_service_pb
+from typing_extensions import override
+
+from libs.errors import MaasError
+from services.worker.convert import load_to_pb
+from services.worker.engine.base import Engine
+from services.worker.executions import Executions
+from services.worker.runs import Stream
+
+if TYPE_CHECKING:
+    from grpc.aio import ServicerContext
+
+    Context = ServicerContext[Any, Any]
+
+# Short prompts are made on the event loop: after this many, everybody else gets a turn.
+STARTS_AT_ONCE = 8
+
+
+class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
+    """The servicer. One reader and one writer for each stream."""
+
+    def __init__(self, engine: Engine, executions: Executions, info: engine_pb2.EngineInfo) -> None:
+        self._engine = engine
+        self._executions = executions
+        self._info = info
+
+    @override
+    async def ExecuteMany(self, _: object, context: Context) -> None:  # type: ignore[override]  # reads and writes by itself (facts.md), where the stub expects iterators
+        """Runs executions until the gateway closes the stream or the worker ends it."""
+        # At once: until headers come the gateway does not know that the worker is there.
+        await context.send_initial_metadata(())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                with self._executions.stream(tasks) as stream:
+                    writer = tasks.create_task(_write(stream, context), name="write")
+                    try:
+                        await self._read(stream, context)
+                    finally:
+                        writer.cancel()
+        except BaseExceptionGroup as group:
+            # What ended the stream: a refusal of the reader, or the end of the worker.
+            ends = group.subgroup(MaasError)
+            if ends is None:
+                raise
+            raise ends.exceptions[0] from None
+
+    @override
+    async def Abort(
+        self, request: engine_service_pb.AbortRequest, _: Context
+    ) -> engine_service_pb.AbortResponse:
+        """Stops executions, whoever started them."""
+        stopped, unknown = self._executions.abort_ids(request.execution_ids)
+        return engine_service_pb.AbortResponse(
+            aborted_execution_ids=stopped, unknown_execution_ids=unknown
+        )
+
+    @override
+    async def GetEngineInfo(
+        self, _: engine_service_pb.GetEngineInfoRequest, __: Context
+    ) -> engine_service_pb.GetEngineInfoResponse:
+        """Describes the worker."""
+        return engine_service_pb.GetEngineInfoResponse(info=self._info)
+
+    @override
+    async def GetLoad(
+        self, _: engine_service_pb.GetLoadRequest, __: Context
+    ) -> engine_service_pb.GetLoadResponse:
+        """Measures the load."""
+        return engine_service_pb.GetLoadResponse(
+            load=load_to_pb(self._engine.load(), preparing=self._executions.preparing)
+        )
+
+    async def _read(self, stream: Stream, context: Context) -> None:
+        while True:
+            request = await context.read()
+            if not isinstance(request, engine_service_pb.ExecuteManyRequest):
+                return
+            if request.grant:
+                stream.outbox.grant(request.grant)
+            self._executions.abort_lanes(stream, request.abort_lanes)
+            for count, execution in enumerate(request.start, start=1):
+                self._executions.start(stream, execution)
+                if count % STARTS_AT_ONCE == 0:
+                    await asyncio.sleep(0)
+
+
+async def _write(stream: Stream, context: Context) -> None:
+    while True:
+        await context.write(await stream.outbox.next())
