@@ -17,6 +17,7 @@ import asyncpg
 import pytest
 
 from libs import postgres
+from libs.config import PostgresSection
 from libs.postgres import cluster
 from tools.local import leash
 
@@ -62,8 +63,11 @@ class PostgresCluster:
         name = f"template_{service}"
         if service not in self.templates:
             self.create_schemas(name)
-            migrations = ROOT / "services" / service / "migrations"
-            await postgres.migrate(self.dsn(service, name), service, migrations)
+            config = PostgresSection(dsn=self.dsn(service, name), connections_max=1)
+            async with await postgres.connect(config, schema=service) as database:
+                await postgres.migrate(
+                    database, service, ROOT / "services" / service / "migrations"
+                )
             self.templates.add(service)
         return name
 
@@ -74,7 +78,7 @@ class PostgresCluster:
         await self.execute(
             f"CREATE DATABASE {name} TEMPLATE {template}",
             f"REVOKE ALL ON DATABASE {name} FROM PUBLIC",
-            f"GRANT CONNECT ON DATABASE {name} TO {', '.join(SERVICES)}",
+            f"GRANT CONNECT, CREATE ON DATABASE {name} TO {', '.join(SERVICES)}",
         )
         return self.dsn(service, name)
 

@@ -14,8 +14,6 @@ import pytest
 from libs.postgres import cluster
 from tests.conftest import PostgresCluster, leashed
 
-ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="only root has another account to run as")
-
 
 @pytest.fixture
 def state() -> Iterator[Path]:
@@ -53,9 +51,8 @@ async def test_second_start_keeps_the_data(state: Path) -> None:
     found.destroy()
 
 
-@ROOT_ONLY
-async def test_runs_apart_when_the_state_is_out_of_reach(state: Path) -> None:
-    """A clone below a 0700 directory: the data goes elsewhere and nothing changes its mode."""
+async def test_runs_where_the_server_can_reach_its_data(state: Path) -> None:
+    """A clone below a 0700 directory: as root the data goes elsewhere; no mode changes."""
     closed = state / "closed"
     (closed / "state").mkdir(parents=True)
     closed.chmod(0o700)
@@ -64,13 +61,13 @@ async def test_runs_apart_when_the_state_is_out_of_reach(state: Path) -> None:
     with cluster.running(found):
         assert await select_one(superuser_dsn(found)) == 1
 
-    assert found.data.parent.parent == state
+    wanted = state if os.geteuid() == 0 else closed
+    assert wanted in found.data.parents[1:3]
     assert stat.S_IMODE(closed.stat().st_mode) == 0o700
     found.destroy()
-    assert list(state.iterdir()) == [closed]
+    assert os.listdir(state) == ["closed"]  # noqa: PTH208 - the plainest there is
 
 
-@ROOT_ONLY
 async def test_copies_the_programs_when_they_are_out_of_reach(
     state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +89,7 @@ async def test_copies_the_programs_when_they_are_out_of_reach(
 
 
 def test_refuses_a_directory_of_someone_else(state: Path) -> None:
-    (state / "postgres").symlink_to("/tmp")
+    (state / "postgres").symlink_to(Path.home())
 
     with pytest.raises(cluster.ClusterError, match="belongs to someone else"):
         cluster.place(state)

@@ -1,0 +1,95 @@
+# The one entry point of people and of CI. Needs Python 3.11 to 3.13 and make, nothing else: every
+# target first makes .venv as it needs it. Variables: see `make help`.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+# The environment's own Python starts at once, where a version manager's shim takes its time.
+SETUP := if [ -x $(PY) ]; then $(PY) -I -S tools/setup.py; else $(PYTHON) tools/setup.py; fi
+SETUP_DEV := if [ -x $(PY) ]; then $(PY) -I -S tools/setup.py --dev; else $(PYTHON) tools/setup.py --dev; fi
+
+SOURCES := libs services tools tests
+TESTS := $(wildcard tests/tidy) tests/unit tests/integration tests/system
+FLAGS = $(if $(ENGINE),--engine "$(ENGINE)") $(if $(MODEL),--model "$(MODEL)") \
+	$(if $(CAPACITY),--capacity "$(CAPACITY)") $(if $(WORKERS),--workers "$(WORKERS)") $(ARGS)
+PYTEST = $(PY) -m pytest $(if $(K),-k "$(K)")
+
+.DEFAULT_GOAL := help
+.PHONY: help run stop psql setup setup-dev test check lint types imports gen-check protos \
+	unit integration system bench fix gen lock clean
+
+help: ## This text
+	@awk 'BEGIN { FS = ":.*## " } \
+		/^##   / { printf "    %s\n", substr($$0, 6); next } \
+		/^## / { printf "\n%s\n", substr($$0, 4) } \
+		/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+## Run it. MODEL=<file.gguf> ENGINE=sim|llamacpp CAPACITY=<streams> WORKERS=<number>
+##   MAAS_PORT_BASE=<port> moves all ports, ARGS=--detach returns when ready
+
+run: setup ## Start the whole suite here; Ctrl-C stops it
+	@exec $(PY) -m tools.up $(FLAGS)
+
+stop: setup ## Stop what `make run ARGS=--detach` started
+	@exec $(PY) -m tools.down
+
+psql: setup ## Open a shell on the local database
+	@exec $(PY) -m tools.psql
+
+## Test it. T=<path> K=<expression> narrow what runs
+
+test: check ## Everything that CI asks for: check, unit, integration, system
+	@exec $(PYTEST) $(or $(T),$(TESTS))
+
+check: lint types imports gen-check protos ## All that needs no test to run
+
+lint: setup-dev ## Style, spelling, formatting
+	@$(PY) -m ruff check $(SOURCES)
+	@$(PY) -m ruff format --check --quiet $(SOURCES)
+	@.venv/bin/codespell $(SOURCES) deploy docs protos $(wildcard *.md)
+
+types: setup-dev ## Types, strictly
+	@$(PY) -m mypy
+
+imports: setup-dev ## Which part may import which
+	@.venv/bin/lint-imports --no-cache
+
+gen-check: setup-dev ## gen/ is what protos/ say
+	@$(PY) -m tools.gen --check
+
+protos: setup-dev ## Lint and formatting of the contracts
+	@.venv/bin/buf lint
+	@.venv/bin/buf format --diff --exit-code
+
+unit: setup-dev ## Unit tests
+	@exec $(PYTEST) $(or $(T),tests/unit)
+
+integration: setup-dev ## One service at a time, with a real PostgreSQL and real gRPC
+	@exec $(PYTEST) $(or $(T),tests/integration)
+
+system: setup-dev ## The whole suite as real processes
+	@exec $(PYTEST) $(or $(T),tests/system)
+
+bench: setup-dev ## Bare engine against the whole path
+	@exec $(PY) -m tests.bench $(ARGS)
+
+## Change it
+
+fix: setup-dev ## Repair what can be repaired by itself
+	@$(PY) -m ruff check --fix --quiet $(SOURCES) || true
+	@$(PY) -m ruff format --quiet $(SOURCES)
+	@.venv/bin/buf format --write
+
+gen: setup-dev ## Generate gen/ from protos/
+	@$(PY) -m tools.gen
+
+lock: setup ## Resolve the dependencies of pyproject.toml anew
+	@$(PY) -m tools.lock
+
+setup: ## .venv with what running needs
+	@$(SETUP)
+
+setup-dev: ## .venv with what testing needs
+	@$(SETUP_DEV)
+
+clean: setup stop ## Remove the state of `make run` and all caches; keeps .venv
+	@$(PY) -m tools.clean

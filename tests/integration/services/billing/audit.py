@@ -1,0 +1,96 @@
+"""What has to hold of the ledger at any moment, read from the tables themselves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+
+if TYPE_CHECKING:
+    Connection = asyncpg.Connection[asyncpg.Record]
+else:
+    Connection = Any
+
+# Each statement lists what is wrong: no rows when all is well.
+BROKEN = {
+    "all entries sum to zero": """
+        SELECT sum(amount) FROM ledger_entry HAVING sum(amount) <> 0
+    """,
+    "the entries of a movement sum to zero": """
+        SELECT transaction_number, sum(amount)
+          FROM ledger_entry
+         GROUP BY transaction_number
+        HAVING sum(amount) <> 0
+    """,
+    "posted is the sum of the account's entries": """
+        SELECT b.account_id, b.posted, coalesce(sum(e.amount), 0) AS entries
+          FROM balance AS b
+          LEFT JOIN ledger_entry AS e USING (account_id)
+         GROUP BY b.account_id
+        HAVING b.posted <> coalesce(sum(e.amount), 0)
+    """,
+    "held is what slices have left": """
+        SELECT b.account_id, b.held, coalesce(sum(s.granted - s.consumed), 0) AS slices
+          FROM balance AS b
+          LEFT JOIN credit_slice AS s
+            ON s.account_id = b.account_id AND s.state IN ('open', 'expired')
+         GROUP BY b.account_id
+        HAVING b.held <> coalesce(sum(s.granted - s.consumed), 0)
+    """,
+    "no balance is below its floor": """
+        SELECT account_id FROM balance WHERE posted - held < floor OR held < 0
+    """,
+    "no slice is consumed beyond its grant": """
+        SELECT credit_slice_id FROM credit_slice WHERE consumed > granted
+    """,
+    "the ledger's own accounts have no balance row": """
+        SELECT account_id FROM balance WHERE account_id LIKE 'system-%'
+    """,
+    "entries are numbered without gaps": """
+        SELECT entry_count
+          FROM ledger_head
+         WHERE entry_count <> (SELECT count(*) FROM ledger_entry)
+            OR entry_count <> (SELECT coalesce(max(number), 0) FROM ledger_entry)
+    """,
+    "records are numbered without gaps": """
+        SELECT record_count
+          FROM ledger_head
+         WHERE record_count <> (SELECT count(*) FROM usage_record)
+            OR record_count <> (SELECT coalesce(max(number), 0) FROM usage_record)
+    """,
+    "a record has the entries that it says": """
+        SELECT r.generation_id, r.amount, r.shortfall
+          FROM usage_record AS r
+          LEFT JOIN ledger_entry AS e ON e.source = r.generation_id AND e.kind = 'usage'
+         GROUP BY r.generation_id
+        HAVING coalesce(sum(e.amount) FILTER (WHERE e.account_id = r.account_id), 0)
+               <> r.shortfall - r.amount
+            OR coalesce(sum(e.amount) FILTER (WHERE e.account_id = 'system-bad-debt'), 0)
+               <> -r.shortfall
+            OR coalesce(sum(e.amount) FILTER (WHERE e.account_id = 'system-revenue'), 0)
+               <> r.amount
+    """,
+    "usage entries have a record": """
+        SELECT number
+          FROM ledger_entry AS e
+         WHERE kind = 'usage'
+           AND NOT EXISTS (SELECT FROM usage_record AS r WHERE r.generation_id = e.source)
+    """,
+    "the amount is what the counts cost": """
+        SELECT r.generation_id, r.amount
+          FROM usage_record AS r
+          JOIN price AS p USING (price_id)
+         WHERE r.amount <> CASE WHEN r.end_cause <= 4
+                                THEN ceil(r.input_tokens::numeric * p.input_price / 1000000)
+                                   + ceil(r.output_tokens::numeric * p.output_price / 1000000)
+                                ELSE 0
+                           END
+    """,
+}
+
+
+async def audit(connection: Connection) -> None:
+    """Fails with the first rule that does not hold, and the rows that break it."""
+    for rule, statement in BROKEN.items():
+        rows = [dict(row) for row in await connection.fetch(statement)]
+        assert not rows, f"broken: {rule}: {rows[:5]}"

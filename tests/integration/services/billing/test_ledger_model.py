@@ -1,0 +1,277 @@
+"""The real SQL against the reference, by random histories: settlements late, twice, out of order,
+on slices that are closed, expired, reclaimed, foreign or unknown."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import asyncpg
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+from typing_extensions import override
+
+from libs import postgres
+from libs.config import PostgresSection
+from libs.errors import MaasError
+from libs.testing import FakeClock
+from services.billing.domain import Account, EndCause, EntryKind, Posting, Price, Settlement
+from services.billing.store import AccountStore, PriceStore, SettlementStore, SliceStore
+from tests.conftest import PostgresCluster
+from tests.integration.services.billing.audit import Connection, audit
+from tests.integration.services.billing.reference import GRACE_S, LEASE_S, Reference, Refused
+
+Result = TypeVar("Result")
+
+ACCOUNTS = st.sampled_from(["a", "b"])
+SLICES = st.sampled_from([f"s{number}" for number in range(6)])
+GENERATIONS = st.sampled_from([f"g{number}" for number in range(12)])
+AMOUNTS = st.integers(0, 60)
+SETTLEMENTS = st.tuples(GENERATIONS, SLICES, ACCOUNTS, AMOUNTS, st.sampled_from(EndCause))
+# Neither a lease nor a lease with its grace is a multiple: no history stands on an edge.
+STEP_S = 400
+
+assert LEASE_S % STEP_S
+assert (LEASE_S + GRACE_S) % STEP_S
+
+
+class Real:
+    """The stores on a real database, driven from code that is not asynchronous."""
+
+    def __init__(self, runner: asyncio.Runner, dsn: str) -> None:
+        self.runner = runner
+        self.now = FakeClock().now()
+        self.histories = itertools.count(1)
+        config = PostgresSection(dsn=dsn, connections_max=2)
+        self.database = self.run(postgres.connect(config, schema="billing"))
+        self.connection: Connection = self.run(
+            asyncpg.connect(dsn, server_settings={"search_path": "billing"})
+        )
+        self.accounts = AccountStore(self.database)
+        self.slices = SliceStore(self.database, lease_s=LEASE_S, grace_s=GRACE_S)
+        self.settlements = SettlementStore(self.database, lease_s=LEASE_S)
+        price = Price(
+            price_id="nano",
+            offering_id="tiny",
+            input_price=0,
+            output_price=1_000_000,
+            effective_time=self.now,
+            create_time=self.now,
+        )
+        self.run(PriceStore(self.database).create_price(price))
+
+    def run(self, call: Awaitable[Result]) -> Result:
+        async def wait() -> Result:
+            return await call
+
+        return self.runner.run(wait())
+
+    def stop(self) -> None:
+        self.run(self.connection.close())
+        self.run(self.database.__aexit__(None, None, None))
+
+
+class Histories(RuleBasedStateMachine):
+    """Does the same to both, and compares."""
+
+    real: Real
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reference = Reference()
+        # Histories share a database: each has names of its own.
+        self.prefix = f"h{next(self.real.histories)}-"
+        self.requests = itertools.count(1)
+        run = self.real.run
+        self.system = {
+            name: run(self.real.accounts.get_balance(f"system-{name}")).posted
+            for name in ("revenue", "bad-debt")
+        }
+
+    def both(self, real: Awaitable[object], reference: Callable[[], object]) -> None:
+        """Expects the same result, or the same reason of a refusal."""
+        got: object
+        want: object
+        try:
+            got = self.real.run(real)
+        except MaasError as error:
+            got = error.reason.value
+        try:
+            want = reference()
+        except Refused as refused:
+            want = str(refused)
+        assert got == want
+
+    def mine(self, name: str) -> str:
+        return self.prefix + name
+
+    @initialize(credit=st.integers(0, 300))
+    def open_accounts(self, credit: int) -> None:
+        for name in ("a", "b"):
+            account = Account(
+                account_id=self.mine(name), display_name="", create_time=self.real.now
+            )
+            self.real.run(self.real.accounts.create_account(account))
+            self.reference.posted[name] = 0
+        self.post("a", credit + 1)
+
+    @rule(name=ACCOUNTS, amount=st.integers(-100, 200).filter(bool))
+    def post(self, name: str, amount: int) -> None:
+        posting = Posting(
+            account_id=self.mine(name),
+            amount=amount,
+            kind=EntryKind.ADJUSTMENT,
+            request_id=str(next(self.requests)),
+            description="",
+        )
+
+        async def real() -> None:
+            await self.real.accounts.post_entry(posting, self.real.now)
+
+        self.both(real(), lambda: self.reference.post(name, amount))
+
+    @rule(slice_id=SLICES, name=ACCOUNTS, required=AMOUNTS, wanted=st.integers(0, 200))
+    def acquire(self, slice_id: str, name: str, required: int, wanted: int) -> None:
+        async def real() -> int:
+            acquired = await self.real.slices.acquire(
+                slice_id=self.mine(slice_id),
+                account_id=self.mine(name),
+                holder="gateway",
+                required=required,
+                wanted=wanted,
+            )
+            return acquired.granted
+
+        self.both(real(), lambda: self.reference.acquire(slice_id, name, required, wanted))
+
+    @rule(batch=st.lists(SETTLEMENTS, max_size=8), renewed=st.sets(SLICES, max_size=3))
+    def settle(self, batch: list[tuple[str, str, str, int, EndCause]], renewed: set[str]) -> None:
+        named = renewed | {slice_id for _, slice_id, _, _, _ in batch}
+
+        async def real() -> tuple[int, list[str]]:
+            settled = await self.real.settlements.settle(
+                [self.settlement(*item) for item in batch],
+                {self.mine(slice_id) for slice_id in renewed},
+                self.real.now,
+            )
+            lost = [slice_id.removeprefix(self.prefix) for slice_id in settled.lost_slice_ids]
+            return settled.new_count, lost
+
+        def reference() -> tuple[int, list[str]]:
+            new = [
+                self.reference.settle(generation, slice_id, name, amount if cause.is_charged else 0)
+                for generation, slice_id, name, amount, cause in batch
+            ]
+            return sum(new), self.reference.renew(named)
+
+        self.both(real(), reference)
+
+    def settlement(
+        self, generation: str, slice_id: str, name: str, amount: int, cause: EndCause
+    ) -> Settlement:
+        return Settlement(
+            generation_id=self.mine(generation),
+            slice_id=self.mine(slice_id),
+            account_id=self.mine(name),
+            project_id="demo",
+            api_key_id="key",
+            offering_id="tiny",
+            model_id="tiny",
+            version_id="1",
+            price_id="nano",
+            input_tokens=0,
+            output_tokens=amount,
+            end_cause=cause,
+            start_time=self.real.now,
+            end_time=self.real.now,
+        )
+
+    @rule(slice_ids=st.lists(SLICES, min_size=1, max_size=3))
+    def close(self, slice_ids: list[str]) -> None:
+        real = self.real.slices.close(map(self.mine, slice_ids), holder="gateway")
+        self.both(real, lambda: self.reference.close(slice_ids))
+
+    @rule(steps=st.integers(1, 4))
+    def pass_time(self, steps: int) -> None:
+        """Lease time only; the sweeper comes when it comes."""
+        self.reference.now += steps * STEP_S
+        self.real.run(
+            self.real.connection.execute(
+                "UPDATE lease_clock SET shift = shift + make_interval(secs => $1)",
+                float(steps * STEP_S),
+            )
+        )
+
+    @rule()
+    def sweep(self) -> None:
+        self.both(self.real.slices.sweep(), self.reference.sweep)
+
+    @invariant()
+    def agrees(self) -> None:
+        self.real.run(self.compare())
+
+    async def compare(self) -> None:
+        rows = await self.real.connection.fetch(
+            """
+            SELECT account_id AS name, '' AS state, posted AS first, held AS second
+              FROM balance
+             WHERE starts_with(account_id, $1)
+             UNION ALL
+            SELECT credit_slice_id, state, granted, consumed
+              FROM credit_slice
+             WHERE starts_with(credit_slice_id, $1)
+            """,
+            self.prefix,
+        )
+        want = {
+            self.mine(name): ("", posted, self.reference.held(name))
+            for name, posted in self.reference.posted.items()
+        } | {
+            self.mine(slice_id): (item.state, item.granted, item.consumed)
+            for slice_id, item in self.reference.slices.items()
+        }
+        assert {row["name"]: (row["state"], row["first"], row["second"]) for row in rows} == want
+
+    @override
+    def teardown(self) -> None:
+        run = self.real.run
+        for name, want in (
+            ("revenue", self.reference.revenue),
+            ("bad-debt", self.reference.bad_debt),
+        ):
+            posted = run(self.real.accounts.get_balance(f"system-{name}")).posted
+            assert posted - self.system[name] == want
+        run(audit(self.real.connection))
+
+
+def test_ledger_does_what_the_reference_does(postgres_cluster: PostgresCluster) -> None:
+    with asyncio.Runner() as runner:
+        real = Real(runner, runner.run(postgres_cluster.create("billing")))
+
+        class Machine(Histories):
+            pass
+
+        Machine.real = real
+        try:
+            run_state_machine_as_test(
+                Machine,
+                settings=settings(
+                    max_examples=50,
+                    stateful_step_count=25,
+                    deadline=None,
+                    derandomize=True,
+                    database=None,
+                    suppress_health_check=list(HealthCheck),
+                ),
+            )
+        finally:
+            real.stop()

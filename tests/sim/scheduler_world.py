@@ -1,0 +1,566 @@
+"""A small world around the scheduler's core, driven by one seed.
+
+Gateways ask, cancel, repeat, start executions where they were told or on a fallback, or forget.
+Workers run them, report over streams that delay, double and lose messages, drain, die, hang and
+come back; the scheduler itself is replaced by an empty one. Streams are as gRPC's: in order, and a
+loss ends the stream, though neither side may notice for a while. No clock, no I/O, no asyncio.
+
+After each step the state is recounted and what the step said is held against what was asked.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from services.scheduler.core.messages import (
+    CallerGone,
+    Command,
+    DrainAsked,
+    EndStream,
+    EngineInfo,
+    ExecutionsReported,
+    Grant,
+    Input,
+    Load,
+    LoadReported,
+    Refuse,
+    Registration,
+    SlotAsked,
+    SlotsReleased,
+    StreamBroken,
+    Tick,
+    WorkerHeard,
+    WorkerRegistered,
+    WorkerState,
+)
+from services.scheduler.core.state import Settings, State
+from services.scheduler.core.step import step
+
+SETTINGS = Settings(
+    lease_s=3.0,
+    start_within_s=1.0,
+    queue_length_max=6,
+    lost_kept_s=5.0,
+    lost_kept_max=2,
+)
+FAULTS_S = 15.0
+SETTLE_S = 25.0
+TICK_S = 0.2
+HEARTBEAT_S = 1.0
+WAIT_MAX_S = 4.0
+RUN_MAX_S = 5.0
+VERSIONS = ("models/m/versions/1", "models/m/versions/2")
+# How many executions a worker queues in its engine beyond those it runs.
+WAITING_MAX = 2
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """A worker's connection. `is_deaf`: messages are lost and nobody knows yet."""
+
+    worker: SimWorker
+    incarnation: str
+    epoch: int
+    is_open: bool = True
+    is_deaf: bool = False
+    is_registered: bool = False
+    in_flight: int = 0
+    delivered_s: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class SimWorker:
+    """A worker's process, or the place where one is going to start."""
+
+    name: str
+    capacity: int
+    versions: tuple[str, ...]
+    incarnation: str = ""
+    is_alive: bool = False
+    is_draining: bool = False
+    epoch: int = 0
+    stream: Stream | None = None
+    running: set[str] = field(default_factory=set)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A request of a gateway.
+
+    Attributes:
+        ask: what it asked.
+        outcome: how it ended; empty while it waits.
+        slot_id: of its grant.
+        answers_due: asks that have not been answered.
+        is_placed_alone: its gateway did not wait for the scheduler's answer.
+    """
+
+    ask: SlotAsked
+    outcome: str = ""
+    slot_id: str = ""
+    answers_due: int = 0
+    is_placed_alone: bool = False
+
+
+class World:
+    """Everything, and the time."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.rng = random.Random(seed)  # noqa: S311 - no secret
+        self.now_s = 0.0
+        self.steps = 0
+        self.counts: dict[str, int] = {}
+        self.requests: dict[str, Request] = {}
+        self.executions_started = 0
+        self.reported_refused: set[str] = set()
+        self._agenda: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        self._instances = itertools.count(1)
+        self._epochs: dict[str, int] = {}
+        self.state = self._new_state()
+        self.workers = [
+            SimWorker("workers/a", 2, VERSIONS[:1]),
+            SimWorker("workers/b", 1, VERSIONS[:1]),
+            SimWorker("workers/c", 3, VERSIONS[1:]),
+            SimWorker("workers/d", 2, VERSIONS),
+        ]
+
+    # The course of the world.
+
+    def run(self) -> None:
+        """Lets faults happen, then none, and checks that everything has drained."""
+        for worker in self.workers:
+            self.after(self.rng.uniform(0.0, 2.0), partial(self.start_process, worker))
+        self.after(0.0, self.tick)
+        self.after(0.0, self.arrive)
+        self.after(0.5, self.fault)
+        self._run_until(FAULTS_S + SETTLE_S)
+        self._check_drained()
+
+    @property
+    def has_faults(self) -> bool:
+        return self.now_s < FAULTS_S
+
+    def after(self, delay_s: float, action: Callable[[], None]) -> None:
+        """Does something later."""
+        heapq.heappush(self._agenda, (self.now_s + delay_s, next(self._order), action))
+
+    def _run_until(self, end_s: float) -> None:
+        while self._agenda and self._agenda[0][0] <= end_s:
+            self.now_s, _, action = heapq.heappop(self._agenda)
+            action()
+        self.now_s = end_s
+
+    def feed(self, event: Input) -> list[Command]:
+        """Takes one step of the core, checks it, and does what it says."""
+        self.steps += 1
+        commands = step(self.state, self.now_s, event)
+        problems = self.state.check_integrity()
+        self.claim(not problems, f"after {event}: {problems}")
+        for command in commands:
+            self.count(type(command).__name__)
+            if isinstance(command, Grant):
+                self._granted(command)
+            elif isinstance(command, Refuse):
+                self.count(command.refusal.value)
+                self._answer(command.execution_id, "refused")
+            else:
+                self._ended_by_core(command)
+        return commands
+
+    def claim(self, holds: bool, text: str) -> None:  # noqa: FBT001 - reads as an assertion
+        """Fails with what is needed to see it again."""
+        assert holds, f"seed={self.seed} at {self.now_s:.3f}s step {self.steps}: {text}"
+
+    def count(self, what: str) -> None:
+        """Notes that something has happened, to see that the world is no idle one."""
+        self.counts[what] = self.counts.get(what, 0) + 1
+
+    def chance(self, share: float) -> bool:
+        """Throws a coin."""
+        return self.rng.random() < share
+
+    def _new_state(self) -> State:
+        return State(SETTINGS, f"s{next(self._instances)}")
+
+    def tick(self) -> None:
+        self.feed(Tick())
+        self.after(TICK_S, self.tick)
+
+    # Gateways.
+
+    def arrive(self) -> None:
+        if not self.has_faults:
+            return
+        rng = self.rng
+        names = [worker.name for worker in self.workers]
+        ask = SlotAsked(
+            execution_id=f"e{len(self.requests)}",
+            model_version=rng.choice(VERSIONS),
+            project=rng.choice(("projects/p", "projects/q", "projects/r")),
+            excluded=frozenset(rng.sample(names, rng.choice((0, 0, 0, 1, 2)))),
+            max_wait_s=rng.choice((0.0, rng.uniform(0.0, WAIT_MAX_S), WAIT_MAX_S)),
+        )
+        self.requests[ask.execution_id] = Request(ask)
+        self.ask(ask)
+        if self.chance(0.15):
+            self.after(rng.uniform(0.0, 2.0), lambda: self.cancel(ask.execution_id))
+        if self.chance(0.15):
+            self.after(rng.uniform(0.0, 2.0), lambda: self.repeat(ask))
+        if self.chance(0.05):
+            self.after(self.rng.uniform(0.0, 1.0), self.place_alone)
+        # Waves: sometimes more than there is room for, sometimes less.
+        rate = 20.0 if int(self.now_s) % 5 < 3 else 2.0
+        self.after(rng.expovariate(rate), self.arrive)
+
+    def ask(self, ask: SlotAsked) -> None:
+        self.requests[ask.execution_id].answers_due += 1
+        self.feed(ask)
+        request = self.requests[ask.execution_id]
+        is_waiting = ask.execution_id in self.state.waiting
+        self.claim(
+            is_waiting == (request.answers_due > 0), f"{ask} is neither answered nor waiting"
+        )
+
+    def repeat(self, ask: SlotAsked) -> None:
+        """Asks again under the same id, as a library that has lost the connection does."""
+        request = self.requests[ask.execution_id]
+        if request.outcome in {"", "granted"} and ask.execution_id in {
+            *self.state.slots,
+            *self.state.waiting,
+        }:
+            self.count("repeated")
+            self.ask(ask)
+
+    def cancel(self, execution_id: str) -> None:
+        request = self.requests[execution_id]
+        if request.outcome in {"", "granted"}:
+            self.count("cancelled")
+            is_waiting = execution_id in self.state.waiting
+            self.feed(CallerGone(execution_id=execution_id))
+            if is_waiting:
+                request.answers_due = 0
+                request.outcome = "gone"
+
+    def _answer(self, execution_id: str, outcome: str) -> Request:
+        request = self.requests[execution_id]
+        self.claim(request.answers_due > 0, f"{execution_id} is answered but did not ask")
+        self.claim(
+            request.outcome in {"", outcome}, f"{execution_id} was {request.outcome}, is {outcome}"
+        )
+        request.answers_due = 0
+        request.outcome = outcome
+        return request
+
+    def _granted(self, grant: Grant) -> None:
+        is_first = not self.requests[grant.execution_id].outcome
+        request = self._answer(grant.execution_id, "granted")
+        slot = self.state.slots[grant.execution_id]
+        worker = slot.worker
+        self.claim(slot.slot_id == grant.slot_id, f"{grant} names another slot")
+        self.claim(worker.state is not WorkerState.LOST, f"{grant} is on a lost worker")
+        if not is_first:
+            return
+        request.slot_id = grant.slot_id
+        if slot.start_by_s is not None:
+            self.claim(worker.free >= 0, f"{grant} is beyond the capacity of {worker.name}")
+            self.claim(worker.state is WorkerState.READY, f"{grant} is on a draining worker")
+            self.claim(worker.name not in request.ask.excluded, f"{grant} is excluded")
+            self.after(self.rng.expovariate(20.0), lambda: self.use(grant))
+
+    def use(self, grant: Grant) -> None:
+        """Does what gateways do with a slot."""
+        if self.requests[grant.execution_id].is_placed_alone:
+            return
+        targets = [grant.target, *grant.fallbacks]
+        if self.chance(0.1):
+            self.count("never started")
+            return
+        if self.chance(0.1):
+            # It cannot reach the first.
+            targets = targets[1:]
+        for target in targets:
+            worker = next(item for item in self.workers if item.name == target.worker)
+            if self.start_execution(worker, grant.execution_id, target.epoch):
+                return
+        self.feed(SlotsReleased(slot_ids=(grant.slot_id,)))
+        request = self.requests[grant.execution_id]
+        # From the start, under the same id: only where no worker has said that it is over.
+        if self.has_faults and grant.execution_id not in {
+            *self.state.slots,
+            *self.reported_refused,
+        }:
+            self.count("asked anew")
+            request.outcome = ""
+            self.ask(request.ask)
+
+    def place_alone(self) -> None:
+        """A gateway that cannot reach the scheduler starts what waits there, or something new."""
+        waiting = [key for key in self.state.waiting if not self.requests[key].is_placed_alone]
+        execution_id = f"own{next(self._order)}"
+        workers = self.workers
+        if waiting and self.chance(0.5):
+            execution_id = self.rng.choice(waiting)
+            request = self.requests[execution_id]
+            request.is_placed_alone = True
+            workers = [item for item in workers if item.name not in request.ask.excluded]
+        self.count("placed alone")
+        self.start_execution(self.rng.choice(workers), execution_id, 2**60)
+
+    # Workers.
+
+    def start_process(self, worker: SimWorker) -> None:
+        if worker.is_alive:
+            return
+        worker.is_alive = True
+        worker.is_draining = False
+        worker.incarnation = f"i{next(self._order)}"
+        worker.running.clear()
+        self.connect(worker)
+
+    def connect(self, worker: SimWorker) -> None:
+        """Registers: the epoch comes from the database, the registration a little later."""
+        if not worker.is_alive or (worker.stream is not None and worker.stream.is_open):
+            return
+        epoch = self._epochs.get(worker.name, 0) + 1
+        self._epochs[worker.name] = epoch
+        stream = Stream(worker, worker.incarnation, epoch)
+        worker.stream = stream
+        delay_s = self.rng.expovariate(1.0 if self.chance(0.1) else 10.0)
+        stream.delivered_s = self.now_s + delay_s
+        running = tuple(worker.running)
+        registration = Registration(
+            worker=worker.name,
+            incarnation=worker.incarnation,
+            endpoint="host:1",
+            info=_info(worker),
+            running=running,
+        )
+        self.after(delay_s, lambda: self.registered(stream, registration))
+        self.after(HEARTBEAT_S, lambda: self.heartbeat(stream))
+        if worker.is_draining:
+            self.send(stream, DrainAsked(worker=worker.name, epoch=epoch))
+
+    def registered(self, stream: Stream, registration: Registration) -> None:
+        if not stream.is_open or stream.is_deaf:
+            return
+        self.feed(WorkerRegistered(registration=registration, epoch=stream.epoch))
+        known = self.state.workers[registration.worker]
+        self.claim(known.epoch >= stream.epoch, f"{known.name} went back to an older epoch")
+        # Welcome: the worker refuses older epochs from now on.
+        if stream.is_open:
+            stream.worker.epoch = stream.epoch
+            stream.is_registered = True
+
+    def send(self, stream: Stream, event: WorkerHeard) -> None:
+        """Delivers in order, late, perhaps twice, or not at all once the stream is deaf."""
+        delay_s = self.rng.expovariate(20.0)
+        stream.delivered_s = max(stream.delivered_s, self.now_s + delay_s)
+        wait_s = stream.delivered_s - self.now_s
+        for _ in range(2 if self.has_faults and self.chance(0.05) else 1):
+            stream.in_flight += 1
+            self.after(wait_s, lambda: self.deliver(stream, event))
+
+    def deliver(self, stream: Stream, event: WorkerHeard) -> None:
+        stream.in_flight -= 1
+        if stream.is_open and not stream.is_deaf:
+            self.feed(event)
+            self._check_agreement(stream)
+
+    def _check_agreement(self, stream: Stream) -> None:
+        """Once all is said, the core knows exactly what runs on the worker."""
+        worker = stream.worker
+        if (
+            stream.in_flight
+            or not (stream.is_open and stream.is_registered and worker.is_alive)
+            or worker.stream is not stream
+        ):
+            return
+        slots = self.state.workers[worker.name].slots
+        known = {key for key, slot in slots.items() if slot.start_by_s is None}
+        self.count("agreed")
+        self.claim(
+            known == worker.running, f"{worker.name} runs {worker.running}, the core says {known}"
+        )
+
+    def heartbeat(self, stream: Stream) -> None:
+        worker = stream.worker
+        if not stream.is_open or not worker.is_alive or worker.stream is not stream:
+            return
+        used = self.rng.randrange(100)
+        load = Load(running=len(worker.running), kv_used_tokens=used, kv_total_tokens=100)
+        self.send(stream, LoadReported(worker=worker.name, epoch=stream.epoch, load=load))
+        self.after(HEARTBEAT_S, lambda: self.heartbeat(stream))
+
+    def start_execution(self, worker: SimWorker, execution_id: str, epoch: int) -> bool:
+        """A gateway starts an execution; False when the worker refuses or cannot be reached."""
+        is_full = len(worker.running) >= worker.capacity + WAITING_MAX
+        if not worker.is_alive or worker.is_draining or is_full or epoch < worker.epoch:
+            if worker.is_alive and self.chance(0.5):
+                self.reported_refused.add(execution_id)
+                self.report(worker, ended=execution_id)
+            return False
+        self.executions_started += 1
+        if self.chance(0.1):
+            # So short that a worker without care reports it the wrong way round.
+            self.count("end before start")
+            self.report(worker, ended=execution_id)
+            self.report(worker, started=execution_id)
+            return True
+        worker.running.add(execution_id)
+        incarnation = worker.incarnation
+        self.report(worker, started=execution_id)
+        run_s = 0.0 if self.chance(0.2) else self.rng.uniform(0.0, RUN_MAX_S)
+        self.after(run_s, lambda: self.end_execution(worker, incarnation, execution_id))
+        return True
+
+    def end_execution(self, worker: SimWorker, incarnation: str, execution_id: str) -> None:
+        if worker.is_alive and worker.incarnation == incarnation:
+            worker.running.discard(execution_id)
+            self.report(worker, ended=execution_id)
+
+    def report(self, worker: SimWorker, *, started: str = "", ended: str = "") -> None:
+        stream = worker.stream
+        if stream is None or not stream.is_open:
+            return
+        event = ExecutionsReported(
+            worker=worker.name,
+            epoch=stream.epoch,
+            started=(started,) if started else (),
+            ended=(ended,) if ended else (),
+        )
+        self.send(stream, event)
+
+    def break_stream(self, stream: Stream) -> None:
+        """Both sides notice that a stream is over; the worker comes again if it lives."""
+        if not stream.is_open:
+            return
+        stream.is_open = False
+        self.feed(StreamBroken(worker=stream.worker.name, epoch=stream.epoch))
+        self.after(self.rng.uniform(0.05, 1.0), lambda: self.connect(stream.worker))
+
+    def _ended_by_core(self, command: EndStream) -> None:
+        self.count(command.cause.value)
+        for worker in self.workers:
+            stream = worker.stream
+            if stream is not None and (worker.name, stream.epoch) == (
+                command.worker,
+                command.epoch,
+            ):
+                stream.is_open = False
+                self.after(self.rng.uniform(0.05, 1.0), partial(self.connect, worker))
+
+    # Faults.
+
+    def fault(self) -> None:
+        if not self.has_faults:
+            return
+        worker = self.rng.choice(self.workers)
+        kind = self.rng.choice(
+            (self.kill, self.kill, self.lose, self.lose, self.hang, self.reconnect, self.drain)
+        )
+        if self.chance(0.1):
+            self.restart_scheduler()
+        else:
+            self.count(kind.__name__)
+            kind(worker)
+        self.after(self.rng.expovariate(2.0), self.fault)
+
+    def kill(self, worker: SimWorker) -> None:
+        """The process is gone; the scheduler notices at once, or only by the lease."""
+        stream = worker.stream
+        worker.is_alive = False
+        worker.running.clear()
+        if stream is not None and stream.is_open:
+            if self.chance(0.5):
+                self.break_stream(stream)
+            else:
+                stream.is_deaf = True
+        self.after(self.rng.uniform(0.1, 4.0), lambda: self.replace(worker))
+
+    def replace(self, worker: SimWorker) -> None:
+        """A new process starts, whether or not the old stream was noticed to be over."""
+        if not worker.is_alive:
+            worker.stream = None
+            self.start_process(worker)
+
+    def lose(self, worker: SimWorker) -> None:
+        """Messages are lost, and a moment later the stream is found broken."""
+        stream = worker.stream
+        if stream is not None and stream.is_open:
+            stream.is_deaf = True
+            self.after(self.rng.uniform(0.0, 1.0), lambda: self.break_stream(stream))
+
+    def hang(self, worker: SimWorker) -> None:
+        """Nothing arrives: the lease has to end it, or keepalive if it never registered."""
+        stream = worker.stream
+        if stream is not None and stream.is_open:
+            stream.is_deaf = True
+            self.after(2 * SETTINGS.lease_s, lambda: self.break_stream(stream))
+
+    def reconnect(self, worker: SimWorker) -> None:
+        """The worker gives the stream up and comes again before the scheduler has noticed."""
+        stream = worker.stream
+        if worker.is_alive and stream is not None:
+            worker.stream = None
+            self.after(self.rng.uniform(0.0, 1.0), lambda: self.break_stream(stream))
+            self.connect(worker)
+
+    def drain(self, worker: SimWorker) -> None:
+        """The worker finishes, exits and is replaced."""
+        if not worker.is_alive or worker.is_draining:
+            return
+        worker.is_draining = True
+        if worker.stream is not None and worker.stream.is_open:
+            drain = DrainAsked(worker=worker.name, epoch=worker.stream.epoch)
+            self.send(worker.stream, drain)
+        self.after(self.rng.uniform(1.0, RUN_MAX_S + 1.0), lambda: self.kill(worker))
+
+    def restart_scheduler(self) -> None:
+        """All that the scheduler knows is gone, and so are all who wait."""
+        self.count("scheduler restarted")
+        for request in self.requests.values():
+            if request.answers_due:
+                request.answers_due = 0
+                request.outcome = "gone"
+        self.state = self._new_state()
+        for worker in self.workers:
+            stream = worker.stream
+            if stream is not None and stream.is_open:
+                stream.is_open = False
+                self.after(self.rng.uniform(0.05, 1.0), partial(self.connect, worker))
+
+    # The end.
+
+    def _check_drained(self) -> None:
+        self.claim(not self.state.waiting, f"still waiting: {list(self.state.waiting)}")
+        self.claim(not self.state.slots, f"still in use: {list(self.state.slots)}")
+        self.claim(not self.state.unstarted, "still to start")
+        for request in self.requests.values():
+            self.claim(bool(request.outcome), f"{request.ask} has not ended")
+            self.claim(request.answers_due == 0, f"{request.ask} was not answered")
+        for worker in self.workers:
+            known = self.state.workers.get(worker.name)
+            self.claim(
+                known is not None and known.state is WorkerState.READY,
+                f"{worker.name} is not ready again",
+            )
+
+
+def _info(worker: SimWorker) -> EngineInfo:
+    return EngineInfo(
+        engine="sim",
+        engine_version="1",
+        model_versions=worker.versions,
+        context_length=4096,
+        max_running=worker.capacity,
+        max_waiting=WAITING_MAX,
+        vocabulary_size=100,
+        digest="",
+    )

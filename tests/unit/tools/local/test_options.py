@@ -1,0 +1,64 @@
+"""tools/local/options.py: what the user may ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tools.local import options
+from tools.local.place import Ports
+
+
+@pytest.fixture(autouse=True)
+def _own_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = tmp_path / "own.gguf"
+    model.touch()
+    monkeypatch.setattr(options, "OWN_MODEL", model)
+    monkeypatch.delenv("MAAS_PORT_BASE", raising=False)
+
+
+def test_default_is_our_own_model(tmp_path: Path) -> None:
+    got = options.parse([])
+
+    assert (got.engine, got.model, got.workers) == ("llamacpp", tmp_path / "own.gguf", 1)
+    assert (got.ports, got.is_detached) == (Ports(50050), False)
+
+
+def test_ports_follow_from_one_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAAS_PORT_BASE", "20000")
+
+    ports = options.parse(["--engine", "sim"]).ports
+
+    names = ("gateway", "catalog", "auth", "billing", "scheduler", "worker-1", "worker-2")
+    assert [ports.of_process(name) for name in names] == list(range(20000, 20007))
+
+
+@pytest.mark.parametrize("text", ["http", "-1", "80", "65000", "2e4"])
+def test_bad_port_base_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("MAAS_PORT_BASE", text)
+
+    with pytest.raises(options.OptionError, match="MAAS_PORT_BASE"):
+        options.parse([])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model", "/nowhere/x.gguf"], "there is no such model file"),
+        (["--engine", "sim", "--model", "x.gguf"], "simulated engine"),
+        (["--workers", "0"], "--workers"),
+        (["--workers", "17"], "--workers"),
+        (["--capacity", "0"], "--capacity"),
+    ],
+)
+def test_what_cannot_be_is_refused(flags: list[str], words: str) -> None:
+    with pytest.raises(options.OptionError, match=words):
+        options.parse(flags)
+
+
+def test_missing_own_model_names_the_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "OWN_MODEL", Path("/nowhere/own.gguf"))
+
+    with pytest.raises(options.OptionError, match="ENGINE=sim"):
+        options.parse([])

@@ -1,0 +1,156 @@
+"""Which model a local suite serves: its ids, and what has to be known of its file.
+
+Ids derive from the file's name and content, so another file is another model and the same file is
+the same one at every start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import struct
+from pathlib import Path
+from typing import IO
+
+from services.worker.engine.sim_tokenizer import CHAT_TEMPLATE
+from tools.local import credential
+
+ID_LENGTH_MAX = 63
+VERSION_LENGTH = 12
+SIM = "sim"
+_READ_BYTES = 1 << 20
+_MAGIC = b"GGUF"
+_TEMPLATE_KEY = "tokenizer.chat_template"
+_STRING, _ARRAY = 8, 9
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Bytes of a metadata value by its type. Source: ggml/docs/gguf.md."""
+
+
+class ModelError(Exception):
+    """The file cannot be served; the text says why."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """What the worker serves.
+
+    Attributes:
+        model_id: of models/{model}; also of the offering.
+        version_id: of models/{model}/versions/{version}.
+        digest: "sha256:" and 64 hexadecimal digits; empty for the simulated engine.
+        file: the weights; None for the simulated engine.
+        chat_template: Jinja text; empty when the file has none.
+    """
+
+    model_id: str
+    version_id: str
+    digest: str
+    file: Path | None
+    chat_template: str
+
+    @property
+    def version_name(self) -> str:
+        """Resource name of the version."""
+        return f"models/{self.model_id}/versions/{self.version_id}"
+
+
+SIMULATED = ServedModel(
+    model_id=SIM, version_id="1", digest="", file=None, chat_template=CHAT_TEMPLATE
+)
+
+
+def model_id_of(path: Path) -> str:
+    """Makes an id of a file's name.
+
+    Raises:
+        ModelError: no letter or digit is in it.
+    """
+    text = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-")[:ID_LENGTH_MAX]
+    if not text:
+        raise ModelError(f"{path.name}: no model id can be made of this name; rename the file")
+    return text
+
+
+def read_model(path: Path, known: Path) -> ServedModel:
+    """Describes a GGUF file.
+
+    Args:
+        path: the file.
+        known: where digests are kept between starts; reading a large file takes its time.
+
+    Raises:
+        ModelError: it is missing or is no GGUF file.
+    """
+    try:
+        found = path.stat()
+        key = f"{path} {found.st_size} {found.st_mtime_ns} {found.st_ino}"
+        facts = _read_known(known)
+        if key not in facts:
+            template = _read_template(path)
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            facts = {key: {"digest": digest, "template": template}}
+            credential.write(known, json.dumps(facts))
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror or error}") from error
+    digest = facts[key]["digest"]
+    return ServedModel(
+        model_id=model_id_of(path),
+        version_id=digest[:VERSION_LENGTH],
+        digest=f"sha256:{digest}",
+        file=path,
+        chat_template=facts[key]["template"],
+    )
+
+
+def _read_known(known: Path) -> dict[str, dict[str, str]]:
+    try:
+        facts: dict[str, dict[str, str]] = json.loads(known.read_text())
+    except (OSError, ValueError):
+        return {}
+    return facts
+
+
+def _read_template(path: Path) -> str:
+    """Finds the chat template in a GGUF file's metadata; empty when there is none."""
+    with path.open("rb") as file:
+        if file.read(4) != _MAGIC:
+            raise ModelError(f"{path}: is not a GGUF file")
+        try:
+            _version, _tensors, count = struct.unpack("<IQQ", file.read(20))
+            for _ in range(count):
+                key = _read_string(file)
+                (kind,) = struct.unpack("<I", file.read(4))
+                if key == _TEMPLATE_KEY and kind == _STRING:
+                    return _read_string(file)
+                _skip(file, kind)
+        except (struct.error, KeyError, UnicodeDecodeError) as error:
+            raise ModelError(f"{path}: its metadata cannot be read") from error
+    return ""
+
+
+def _read_string(file: IO[bytes]) -> str:
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > _READ_BYTES:
+        raise struct.error
+    data = file.read(length)
+    if len(data) < length:
+        raise struct.error
+    return data.decode("utf-8")
+
+
+def _skip(file: IO[bytes], kind: int) -> None:
+    """Steps over a metadata value."""
+    if kind == _STRING:
+        file.seek(struct.unpack("<Q", file.read(8))[0], 1)
+    elif kind == _ARRAY:
+        item, count = struct.unpack("<IQ", file.read(12))
+        if item in _SIZES:
+            file.seek(_SIZES[item] * count, 1)
+        else:
+            for _ in range(count):
+                _skip(file, item)
+    else:
+        file.seek(_SIZES[kind], 1)

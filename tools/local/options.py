@@ -1,0 +1,116 @@
+"""What `make run` was asked for: flags, and the one environment variable of make's interface."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from tools.local.place import (
+    OWN_MODEL,
+    PORT_BASE,
+    PORT_BASE_MAX,
+    PORT_BASE_MIN,
+    ROOT,
+    WORKERS_MAX,
+    Ports,
+    State,
+)
+
+ENGINES = ("llamacpp", "sim")
+
+
+class OptionError(Exception):
+    """The user asked for something that cannot be; the text says what."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What to run.
+
+    Attributes:
+        state: the state directory.
+        ports: of every process.
+        engine: "llamacpp" or "sim".
+        model: the GGUF file; None with the simulated engine.
+        capacity: streams that a worker runs at the same time; None for the engine's default.
+        workers: how many.
+        is_detached: return when ready, leave the suite running.
+        ready_descriptor: file descriptor that is told when all is ready; None for none.
+    """
+
+    state: State
+    ports: Ports
+    engine: str
+    model: Path | None
+    capacity: int | None
+    workers: int
+    is_detached: bool
+    ready_descriptor: int | None
+
+
+def port_base() -> Ports:
+    """Reads MAAS_PORT_BASE: the only place where the environment is looked at.
+
+    Raises:
+        OptionError: it is no port, or the ports above it would not fit.
+    """
+    # Part of make's interface, so that `MAAS_PORT_BASE=... make run` and `make test` both work.
+    text = os.environ.get("MAAS_PORT_BASE") or str(PORT_BASE)  # noqa: TID251 - the one place
+    if not text.isdecimal() or not PORT_BASE_MIN <= int(text) <= PORT_BASE_MAX:
+        raise OptionError(
+            f"MAAS_PORT_BASE is {text!r}: must be a number, {PORT_BASE_MIN} to {PORT_BASE_MAX}"
+        )
+    return Ports(int(text))
+
+
+def state_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --state."""
+    parser.add_argument(
+        "--state", type=Path, default=ROOT / ".maas", help="state directory (.maas)"
+    )
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """Reads the flags of `python -m tools.up`.
+
+    Raises:
+        OptionError: they contradict each other, or the model's file does not exist.
+    """
+    parser = argparse.ArgumentParser(prog="make run", description="Runs the whole suite here.")
+    parser.add_argument("--engine", choices=ENGINES, default=None)
+    parser.add_argument("--model", type=Path, help="a GGUF file (our own small model)")
+    parser.add_argument("--capacity", type=int, help="streams at the same time on each worker")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--detach", action="store_true", help="return when ready")
+    parser.add_argument("--ready-descriptor", type=int, help=argparse.SUPPRESS)
+    state_argument(parser)
+    found = parser.parse_args(arguments)
+    engine = found.engine or "llamacpp"
+    if engine == "sim" and found.model is not None:
+        raise OptionError("a model file cannot be served by the simulated engine: drop one of them")
+    if not 1 <= found.workers <= WORKERS_MAX:
+        raise OptionError(f"--workers must be 1 to {WORKERS_MAX}")
+    if found.capacity is not None and found.capacity < 1:
+        raise OptionError("--capacity must be 1 or more")
+    return Options(
+        state=State(found.state.resolve()),
+        ports=port_base(),
+        engine=engine,
+        model=None if engine == "sim" else _model_file(found.model),
+        capacity=found.capacity,
+        workers=found.workers,
+        is_detached=found.detach,
+        ready_descriptor=found.ready_descriptor,
+    )
+
+
+def _model_file(asked: Path | None) -> Path:
+    path = (asked or OWN_MODEL).expanduser().resolve()
+    if path.is_file():
+        return path
+    if asked is None:
+        raise OptionError(f"{path} is missing; run with ENGINE=sim, or MODEL=<file.gguf>")
+    raise OptionError(f"{path}: there is no such model file")

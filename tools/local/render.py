@@ -1,0 +1,81 @@
+"""Fills the templates in deploy/config/local with a suite's ports, paths and model."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import quote
+
+from tools.local import credential
+from tools.local.model import ServedModel
+from tools.local.options import Options
+from tools.local.place import DATABASE, METRICS_OFFSET, SERVICES, TEMPLATES, address
+
+
+def quoted(text: str) -> str:
+    """Makes a text fit between the quotes of a TOML string, which are those of JSON."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def worker_names(options: Options) -> list[str]:
+    """Names of the worker processes."""
+    return [f"worker-{number}" for number in range(1, options.workers + 1)]
+
+
+def render(options: Options, model: ServedModel, socket: Path) -> dict[str, Path]:
+    """Writes the configuration of every process; returns the files by process name.
+
+    Args:
+        options: ports, state directory, engine.
+        model: what workers serve.
+        socket: directory of PostgreSQL's socket.
+    """
+    values = _values(options, socket)
+    texts = {name: _fill(name, values) for name in SERVICES if name != "worker"}
+    for name in worker_names(options):
+        texts[name] = _fill("worker", values | _worker_values(name, options, model))
+    files = {name: options.state.config / f"{name}.toml" for name in texts}
+    for name, text in texts.items():
+        credential.write(files[name], text)
+    return files
+
+
+def _values(options: Options, socket: Path) -> dict[str, str]:
+    values = {
+        "secrets": quoted(str(options.state.secrets)),
+        "journal": quoted(str(options.state.journal)),
+        "socket": quoted(quote(str(socket))),
+        "database": DATABASE,
+    }
+    for name in SERVICES:
+        if name != "worker":
+            port = options.ports.of(name)
+            values[name] = address(port)
+            values[f"{name}_metrics"] = address(port + METRICS_OFFSET)
+    return values
+
+
+def _worker_values(name: str, options: Options, model: ServedModel) -> dict[str, str]:
+    port = options.ports.of_process(name)
+    optional = []
+    if model.file is not None:
+        optional.append(f'model_path = "{quoted(str(model.file))}"')
+    if options.capacity is not None:
+        optional.append(f"capacity = {options.capacity}")
+    return {
+        "name": name.replace("worker-", "w"),
+        "listen": address(port),
+        "metrics_listen": address(port + METRICS_OFFSET),
+        "model_version": model.version_name,
+        "engine": options.engine,
+        "optional": "\n".join(optional),
+    }
+
+
+def _fill(template: str, values: Mapping[str, str]) -> str:
+    text = (TEMPLATES / f"{template}.toml").read_text(encoding="utf-8")
+    # The comment at the top speaks of ${...} and is not for whoever reads the result.
+    body = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+    return string.Template(body).substitute(values).strip() + "\n"

@@ -1,0 +1,45 @@
+"""Resolves pyproject.toml into the two lock files, with uv in a throw-away environment.
+
+The runtime lock is constrained by the development lock, so that both name the same versions. Index
+lines are left out: where packages come from is everybody's own configuration.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+
+from tools.local.place import ROOT
+
+FLAGS = (
+    "--universal",
+    "--python-version=3.11",
+    "--generate-hashes",
+    "--no-emit-index-url",
+    "--no-annotate",
+    "--no-header",
+    "--quiet",
+)
+
+
+def main() -> int:
+    """Writes both locks; returns the exit code."""
+    with tempfile.TemporaryDirectory() as folder:
+        venv.create(folder, with_pip=True)
+        python = Path(folder) / "bin" / "python"
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", "uv"], check=True)
+        compiling = [str(python), "-m", "uv", "pip", "compile", *FLAGS, "pyproject.toml"]
+        for flags in (
+            ("--extra=dev", "--output-file=requirements-dev.lock"),
+            ("--constraints=requirements-dev.lock", "--output-file=requirements.lock"),
+        ):
+            print(" ".join(flags), flush=True)
+            subprocess.run([*compiling, *flags], cwd=ROOT, check=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

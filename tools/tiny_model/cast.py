@@ -1,0 +1,68 @@
+"""Who our stories are about: kinds of characters, with what is true of each, and names.
+
+Data only; the table of kinds is `tables/kinds.txt`. It never says anything that is not fit for a
+small child.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tools.tiny_model.tables import read_rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """A kind of character.
+
+    Attributes:
+        noun: The word that a prompt uses, without an article.
+        home: Where one sleeps, a noun without an article.
+        went: Choices of a verb in the past tense, for going somewhere.
+        look: What one looks like, a noun phrase that follows "with".
+        fact: Two true sentences about the kind in general (about tales, for the made-up kinds).
+        pronoun: "he" or "she" where the kind decides it, else empty.
+    """
+
+    noun: str
+    home: str
+    went: str
+    look: str
+    fact: str
+    pronoun: str = ""
+
+
+def article(noun: str) -> str:
+    """Return `noun` with "a" or "an" in front of it."""
+    return f"{'an' if noun[0] in 'aeio' else 'a'} {noun}"
+
+
+def plural(noun: str) -> str:
+    """Return the plural of a kind or a thing of our tables."""
+    odd = {"mouse": "mice", "goose": "geese", "wolf": "wolves", "sheep": "sheep", "deer": "deer",
+           "butterfly": "butterflies", "fairy": "fairies", "puppy": "puppies", "fish": "fish",
+           "pony": "ponies", "berry": "berries", "scarf": "scarves", "octopus": "octopuses",
+           "cherry": "cherries"}  # fmt: skip
+    if noun in odd:
+        return odd[noun]
+    return noun + ("es" if noun.endswith(("x", "s", "ch", "sh")) else "s")
+
+
+def _kind(row: list[str]) -> Kind:
+    noun, home, went, look, fact, *pronoun = row
+    return Kind(noun=noun, home=home, went=went, look=look, fact=fact, pronoun="".join(pronoun))
+
+
+KINDS: tuple[Kind, ...] = tuple(_kind(row) for row in read_rows("kinds"))
+
+BOY_NAMES: tuple[str, ...] = (
+    "Pip", "Toby", "Oscar", "Finn", "Milo", "Hugo", "Ben", "Jasper", "Theo", "Sam", "Barney",
+    "Otto", "Felix", "Max", "Leo", "Tom", "Rufus", "Ned", "Kofi", "Arun", "Emil", "Bruno",
+    "Ivo", "Jack", "Basil",
+)  # fmt: skip
+
+GIRL_NAMES: tuple[str, ...] = (
+    "Mina", "Rosie", "Lily", "Tilly", "Hazel", "Ruby", "Daisy", "Nora", "Poppy", "Ella", "Maya",
+    "Ivy", "Clara", "Luna", "Amara", "Suki", "Willow", "Mabel", "Freya", "Anya", "Lotta", "Zora",
+    "Bella", "Grace", "Wren",
+)  # fmt: skip

@@ -1,0 +1,173 @@
+"""Training: from a corpus file to weights, on the CPU.
+
+It writes into the folder of the run only. The seed fixes the weights at the start and the order of
+the batches; sums over threads may still differ in the last bit between machines.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional
+
+from tools.tiny_model.batches import Batch, Encoded, encode, iter_batches, token_weights
+from tools.tiny_model.corpus import read_corpus
+from tools.tiny_model.network import Network, Shape
+from tools.tiny_model.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How to train.
+
+    Attributes:
+        steps: Number of updates.
+        batch_tokens: Padded tokens in a batch, at most.
+        batches: Batches of an update. A batch holds documents of one length, so an update takes
+            more than one, to see short answers and long stories together.
+        matrix_rate: Peak learning rate of the matrices (Muon).
+        vector_rate: Peak learning rate of embedding and norms (AdamW).
+        warmup: Updates until the rates are at their peak.
+        seed: Fixes the first weights and the order.
+        threads: Threads of torch.
+        bfloat16: Whether matrix products run in bfloat16; weights stay float32.
+    """
+
+    steps: int
+    batch_tokens: int = 3072
+    batches: int = 2
+    matrix_rate: float = 0.01
+    vector_rate: float = 0.002
+    warmup: int = 40
+    seed: int = 1
+    threads: int = 2
+    bfloat16: bool = True
+
+
+def train(folder: Path, recipe: Recipe, shape: Shape) -> Network:
+    """Train on `folder`/corpus.jsonl and write weights.pt, shape.json and recipe.json there."""
+    torch.manual_seed(recipe.seed)
+    torch.set_num_threads(recipe.threads)
+    torch.use_deterministic_algorithms(mode=True)
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    documents = load_documents(folder / "corpus.jsonl", tokenizer, shape)
+    network = Network(shape)
+    _say(f"{sum(p.numel() for p in network.parameters())} parameters, {len(documents)} documents")
+    optimizers = _optimizers(network, recipe)
+    (folder / "shape.json").write_text(json.dumps(asdict(shape)))
+    (folder / "recipe.json").write_text(json.dumps(asdict(recipe)))
+    started = time.perf_counter()
+    heavy = token_weights([tokenizer.decode([number]) for number in range(shape.vocabulary)])
+    batches = _endless(documents, heavy, recipe)
+    seen, recent = 0, 0.0
+    for step in range(recipe.steps):
+        chosen = [next(batches) for _ in range(recipe.batches)]
+        loss = _update(network, chosen, optimizers, _rate(step, recipe), recipe)
+        seen += sum(batch.token_ids.size for batch in chosen)
+        recent = loss if step == 0 else 0.95 * recent + 0.05 * loss
+        if step % 25 == 0 or step + 1 == recipe.steps:
+            torch.save(network.state_dict(), folder / "weights.pt")
+            seconds = time.perf_counter() - started
+            _say(f"step {step} loss {recent:.4f} tokens {seen} seconds {seconds:.0f}")
+    return network
+
+
+def load_network(folder: Path) -> Network:
+    """Return the network that `train` wrote, in evaluation mode."""
+    shape = Shape(**json.loads((folder / "shape.json").read_text()))
+    network = Network(shape)
+    network.load_state_dict(torch.load(folder / "weights.pt", weights_only=True))
+    network.eval()
+    return network
+
+
+def load_documents(path: Path, tokenizer: Tokenizer, shape: Shape) -> list[Encoded]:
+    """Return the corpus of the run as token ids."""
+
+    def encoder(text: str) -> list[int]:
+        token_ids: list[int] = tokenizer.encode(text).ids
+        return token_ids
+
+    documents = read_corpus(path)
+    return [encode(document, encoder, shape.context) for document in documents]
+
+
+def document_loss(network: Network, batch: Batch) -> Tensor:
+    """Return the weighted sum of the cross entropies of the learned tokens, in nats."""
+    token_ids = torch.from_numpy(batch.token_ids)
+    weights = torch.from_numpy(batch.weights)[:, 1:]
+    learned = weights > 0
+    stream = network(token_ids[:, :-1])
+    # Only learned positions go through the output matrix: it is a tenth of the work.
+    scores = network.logits(stream[learned])
+    losses = functional.cross_entropy(scores.float(), token_ids[:, 1:][learned], reduction="none")
+    return (losses * weights[learned]).sum()
+
+
+def _update(
+    network: Network,
+    batches: list[Batch],
+    optimizers: list[torch.optim.Optimizer],
+    rate: float,
+    recipe: Recipe,
+) -> float:
+    """Make one step and return the weighted mean of the loss before it, in nats per token."""
+    weight = sum(float(batch.weights[:, 1:].sum()) for batch in batches)
+    total = 0.0
+    for batch in batches:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
+            loss = document_loss(network, batch) / weight
+        torch.autograd.backward(loss)
+        total += loss.item()
+    torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def _optimizers(network: Network, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    matrices = [p for p in network.blocks.parameters() if p.ndim == 2]  # noqa: PLR2004
+    chosen = {id(p) for p in matrices}
+    vectors = [p for p in network.parameters() if id(p) not in chosen]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=recipe.matrix_rate, weight_decay=0.01, momentum=0.95),
+        torch.optim.AdamW(vectors, lr=recipe.vector_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    for optimizer, peak in zip(optimizers, (recipe.matrix_rate, recipe.vector_rate), strict=True):
+        for group in optimizer.param_groups:
+            group["peak"] = peak
+    return optimizers
+
+
+def _rate(step: int, recipe: Recipe) -> float:
+    """Return the share of the peak rate: up in `warmup` steps, flat, then down to zero."""
+    up = min(1.0, (step + 1) / recipe.warmup)
+    down = (recipe.steps - step) / (0.7 * recipe.steps)
+    return min(up, down, 1.0)
+
+
+def _endless(
+    documents: list[Encoded], heavy: NDArray[np.float32], recipe: Recipe
+) -> Iterator[Batch]:
+    epoch = 0
+    while True:
+        yield from iter_batches(documents, heavy, recipe.batch_tokens, recipe.seed + epoch)
+        epoch += 1
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
