@@ -3,12 +3,11 @@
     python3 tools/setup.py           what running needs
     python3 tools/setup.py --dev     and what testing needs
 
-Runs on a bare Python, so it imports nothing but the standard library. Which index packages come
+Runs on a bare Python, so it imports nothing but the standard library, and has to be understood by
+old ones far enough to say that they are too old: hence the quoted types. Which index packages come
 from is the user's own configuration of pip. A stamp in .venv holds the hash of what was installed:
 when nothing has changed the script ends at once.
 """
-
-from __future__ import annotations
 
 import argparse
 import fcntl
@@ -47,7 +46,7 @@ def fail(text: str) -> NoReturn:
     sys.exit(1)
 
 
-def is_supported(version: tuple[int, ...]) -> bool:
+def is_supported(version: "tuple[int, ...]") -> bool:
     """Whether this suite runs on that Python."""
     return OLDEST <= version[:2] <= NEWEST
 
@@ -69,10 +68,12 @@ def use_supported_python() -> None:
 def _runs(program: str, minor: int) -> bool:
     """Whether a program is that Python: version managers put shims that only complain."""
     text = f"import sys; sys.exit(sys.version_info[:2] != (3, {minor}))"
-    return subprocess.run([program, "-c", text], capture_output=True, check=False).returncode == 0
+    # Not run(capture_output=...), which a Python that is too old may not have yet.
+    quiet = subprocess.DEVNULL
+    return subprocess.call([program, "-c", text], stdout=quiet, stderr=quiet) == 0
 
 
-def stamp_of(locks: list[Path]) -> str:
+def stamp_of(locks: "list[Path]") -> str:
     """Hash of everything that decides what ends up in .venv."""
     digest = hashlib.sha256()
     for path in [*locks, ROOT / "pyproject.toml"]:
@@ -134,7 +135,7 @@ def adopt_environment() -> None:
     PLACE.write_text(place())
 
 
-def pip_install(arguments: list[str], total: int) -> None:
+def pip_install(arguments: "list[str]", total: int) -> None:
     """Runs pip install, a line of ours for each package; shows pip's own words if it fails."""
     command = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
     number = 0

@@ -175,7 +175,7 @@ def _value_checks(field: FieldDescriptor, rules: options_pb2.FieldRules) -> list
 def _range(rules: options_pb2.FieldRules) -> Check:
     low = rules.gte if rules.HasField("gte") else float("-inf")
     high = rules.lte if rules.HasField("lte") else float("inf")
-    text = f"must be between {low:g} and {high:g}"
+    text = f"must be between {_number(low)} and {_number(high)}"
 
     def check(value: Any, path: str, found: list[Violation]) -> None:
         # Written so that not-a-number, which compares false, is refused.
@@ -183,6 +183,10 @@ def _range(rules: options_pb2.FieldRules) -> Check:
             found.append(Violation(path, FieldRule.OUT_OF_RANGE, text))
 
     return check
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value.is_integer() else str(value)
 
 
 def _length(most: int, *, is_text: bool) -> Check:

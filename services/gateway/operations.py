@@ -20,10 +20,12 @@ from libs.errors import (
     Aborted,
     FailedPrecondition,
     FieldRule,
+    InvalidArgument,
     MaasError,
     NotFound,
     Reason,
     ResourceExhausted,
+    Violation,
     invalid_field,
     unavailable,
 )
@@ -298,7 +300,10 @@ class Generations:
             project=f"projects/{principal.project}",
             max_wait_s=self._limits.queue_wait_s,
         )
-        return await self._placer.place(wanted, make)
+        try:
+            return await self._placer.place(wanted, make)
+        except InvalidArgument as error:
+            raise _with_field(error, f"spec.{execution.WhichOneof('input')}") from error
 
     def _fit(self, admitted: _Admitted, placed: Placed) -> None:
         """Adjusts the hold to the exact prompt: the surplus goes back at once.
@@ -324,3 +329,16 @@ class Generations:
                     "currency": CURRENCY,
                 },
             )
+
+
+def _with_field(error: InvalidArgument, default: str) -> InvalidArgument:
+    """Gives a worker's refusal the path of the field: its own, or that of the input."""
+    field = error.metadata.get("field", default)
+    is_length = error.reason is Reason.CONTEXT_LENGTH_EXCEEDED
+    rule = FieldRule.TOO_LONG if is_length else FieldRule.BAD_FORMAT
+    return InvalidArgument(
+        error.message,
+        reason=error.reason,
+        metadata=error.metadata,
+        violations=error.violations or [Violation(field, rule, error.message)],
+    )

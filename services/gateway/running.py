@@ -98,7 +98,10 @@ class RunningGeneration:
 
     async def take(self) -> Chunk:
         """Waits for output. Raises what ended the execution instead."""
-        return await self._placed.sink.take()
+        chunk = await self._placed.sink.take()
+        if self.first_s is None:
+            self.first_s = self._books.clock.monotonic_s()
+        return chunk
 
     def release(self, chunk: Chunk) -> None:
         """Counts a chunk, in the journal first. Call right before it goes to the transport.
@@ -110,8 +113,6 @@ class RunningGeneration:
         if chunk.token_ids:
             self._books.journal.progress(self._ordinal, count)
         self.output_tokens = count
-        if self.first_s is None:
-            self.first_s = self._books.clock.monotonic_s()
 
     def cancel(self, error: MaasError) -> None:
         """Ends the stream with an error from outside, such as CancelGeneration."""

@@ -21,6 +21,8 @@ class SchedulerSection(Section):
         wait_default: longest wait of a request that names none.
         wait_max: longest wait that a request may name; longer ones are cut to it. Below the
             default deadline of AcquireSlot, so that the refusal says why.
+        gather_for: after a start, how long requests wait for workers that are not back yet before
+            they are refused for want of one. Above the longest pause between a worker's attempts.
         register_within: how long a worker's registration waits for a database that is away.
         lost_kept_for: how long a lost worker stays in the listing.
         lost_kept_max: how many lost workers stay in the listing.
@@ -32,6 +34,7 @@ class SchedulerSection(Section):
     queue_length_max: int = pydantic.Field(default=1000, ge=1, le=100_000)
     wait_default: Seconds = 30.0
     wait_max: Seconds = 55.0
+    gather_for: Seconds = 3.0
     register_within: Seconds = 10.0
     lost_kept_for: Seconds = 600.0
     lost_kept_max: int = pydantic.Field(default=100, ge=0, le=10_000)
@@ -50,6 +53,7 @@ class SchedulerSection(Section):
             lease_s=self.lease_duration,
             start_within_s=self.start_within,
             queue_length_max=self.queue_length_max,
+            gather_s=self.gather_for,
             lost_kept_s=self.lost_kept_for,
             lost_kept_max=self.lost_kept_max,
         )

@@ -85,7 +85,7 @@ class Scheduler:
         """Starts empty; `instance` is random per process."""
         self.hub = Hub()
         self._clock = clock
-        self._state = State(settings, instance)
+        self._state = State(settings, instance, clock.monotonic_s())
         self._callers: dict[str, list[asyncio.Future[Grant]]] = {}
         self._connections: dict[tuple[str, int], Connection] = {}
         self._is_idle = False

@@ -20,7 +20,7 @@ from libs.errors import (
 )
 from libs.limits import PUBLIC_REQUEST_BYTES_MAX
 from libs.rpc.validation import Validator
-from services.worker.engine.base import EngineInfo, EngineRequest, Sampling
+from services.worker.engine.base import EndReason, EngineInfo, EngineRequest, Sampling
 from services.worker.prompt import PromptBuilder
 
 # Of the largest public request, and as much again of output released elsewhere.
@@ -89,6 +89,14 @@ class Admission:
                 seed=sampling.seed,
             ),
         )
+
+    def ended_before(self, request: EngineRequest) -> EndReason | None:
+        """Tells how a continuation has ended that leaves nothing to do; None for all others."""
+        if len(request.continue_ids) >= request.max_output_tokens:
+            return EndReason.MAX_TOKENS
+        if len(request.prompt_ids) + len(request.continue_ids) >= self._info.context_length:
+            return EndReason.CONTEXT_FULL
+        return None
 
 
 def _require(execution: engine_pb2.Execution) -> None:

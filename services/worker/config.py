@@ -56,6 +56,8 @@ class WorkerSection(Section):
         threads: CPU threads of the llamacpp engine; unset means one for each core, less one where
             there are more than two.
         probe_within: longest time until the engine's first token, at start.
+        abort_within: longest time that an aborted execution may take to end; then the engine
+            counts as hung and the process ends. Above the longest step, prefill included.
         sim: costs of the simulated engine.
     """
 
@@ -71,6 +73,7 @@ class WorkerSection(Section):
     context_length: int | None = pydantic.Field(default=None, ge=2, le=1 << 24)
     threads: int | None = pydantic.Field(default=None, ge=1, le=1024)
     probe_within: Seconds = 60.0
+    abort_within: Seconds = 60.0
     sim: SimSection = SimSection()
 
     @pydantic.model_validator(mode="after")

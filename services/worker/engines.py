@@ -1,17 +1,21 @@
-"""Which engine a configuration asks for, made and proved to work."""
+"""Which engine a configuration asks for, made, started and proved to work."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 
 from libs.clock import Clock
+from services.worker.chat import ChatTemplate, TemplateInvalid
 from services.worker.config import WorkerSection
 from services.worker.engine.base import (
     EndReason,
     Engine,
     EngineDied,
+    EngineInfo,
     EngineRequest,
     EngineStartError,
     Sampling,
@@ -19,6 +23,8 @@ from services.worker.engine.base import (
 )
 from services.worker.engine.sim import SimCosts, SimEngine
 from services.worker.engine.sim_tokenizer import SimTokenizer
+from services.worker.prompt import PromptBuilder
+from services.worker.text import TokenPieces
 
 SIM_CAPACITY = 256
 SIM_CONTEXT_LENGTH = 8192
@@ -39,6 +45,29 @@ class Equipment:
     engine: Engine
     tokenizer: Tokenizer
     bos_id: int | None
+
+    async def start(self, probe_within_s: float) -> EngineInfo:
+        """Starts the engine and lets it draw a token.
+
+        Raises:
+            EngineStartError: with what to do about it.
+        """
+        info = await self.engine.start()
+        await probe(self.engine, probe_within_s)
+        return info
+
+    def prompts(self, pieces: TokenPieces, now: Callable[[], datetime]) -> PromptBuilder:
+        """Makes what turns inputs into prompts of this model.
+
+        Raises:
+            EngineStartError: the model's chat template cannot be used.
+        """
+        source, special = self.tokenizer.chat_template, self.tokenizer.special_tokens
+        try:
+            template = ChatTemplate(source, special, now) if source else None
+        except TemplateInvalid as error:
+            raise EngineStartError(str(error)) from error
+        return PromptBuilder(self.tokenizer, pieces, template, bos_id=self.bos_id)
 
 
 def make_equipment(config: WorkerSection, clock: Clock) -> Equipment:

@@ -26,6 +26,7 @@ from libs.clock import Clock
 from libs.errors import (
     FailedPrecondition,
     FieldRule,
+    Internal,
     MaasError,
     Reason,
     ResourceExhausted,
@@ -47,15 +48,15 @@ from services.worker.engine.base import (
 from services.worker.prompt import is_short
 from services.worker.reports import Reports
 from services.worker.runs import UNLIMITED_S, Run, Stream
-from services.worker.stops import matcher_of
-from services.worker.text import OutputText, Release, TokenPieces
+from services.worker.stops import StopMatcher, matcher_of
+from services.worker.text import OutputText, TokenPieces
 
 log = structlog.get_logger(__name__)
 
 # Prompts that wait for the tokenising thread.
-PREPARING_MAX = 64
+PREPARING_MAX = 32
 # How late a deadline may be noticed.
-DEADLINE_TICK_S = 0.02
+WATCH_TICK_S = 0.02
 
 
 class Executions:
@@ -77,6 +78,7 @@ class Executions:
         clock: Clock,
         worker: str,
         max_waiting: int,
+        abort_within_s: float,
     ) -> None:
         self.epoch = 0
         self._engine = engine
@@ -88,6 +90,7 @@ class Executions:
         self._clock = clock
         self._worker = worker
         self._most = info.max_running + max_waiting
+        self._abort_within_s = abort_within_s
         self._streams: set[Stream] = set()
         self._by_id: dict[str, Run] = {}
         # By lane of the engine: those that still speak, and those whose end is only waited for.
@@ -96,7 +99,7 @@ class Executions:
         self._preparing = 0
         self._lanes = 0
         self._earliest_s = UNLIMITED_S
-        self._has_deadline = asyncio.Event()
+        self._has_watch = asyncio.Event()
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         # Makes the error that everything new is refused with, once there is one.
@@ -174,13 +177,25 @@ class Executions:
             self._die()
             raise
 
-    async def watch_deadlines(self) -> None:
-        """Stops executions whose budget is used up, for ever."""
+    async def watch(self) -> None:
+        """Stops executions whose budget is used up, and watches that what is stopped ends.
+
+        Raises:
+            EngineDied: an execution that was stopped did not end: the engine hangs. All executions
+                have been told.
+        """
         while True:
-            await self._has_deadline.wait()
-            await self._clock.sleep_s(DEADLINE_TICK_S)
-            if self._clock.monotonic_s() >= self._earliest_s:
-                self._expire()
+            await self._has_watch.wait()
+            await self._clock.sleep_s(WATCH_TICK_S)
+            now_s = self._clock.monotonic_s()
+            if now_s >= self._earliest_s:
+                self._expire(now_s)
+            oldest = next(iter(self._ending.values()), None)
+            if oldest is not None and now_s >= oldest.stopped_s + self._abort_within_s:
+                self._die()
+                raise EngineDied(f"an execution did not end within {self._abort_within_s:g} s")
+            if oldest is None and self._earliest_s == UNLIMITED_S:
+                self._has_watch.clear()
 
     async def drain(self) -> None:
         """Refuses what is new and waits for the rest; when cancelled, stops the rest."""
@@ -199,7 +214,7 @@ class Executions:
         self._admission.check(execution)
         run = Run(execution, stream, self._deadline_s(execution))
         if is_short(execution):
-            self._submit(run, execution, self._admission.request(execution))
+            self._submit(run, *self._request(execution))
             return
         if self._preparing >= PREPARING_MAX:
             raise ResourceExhausted("too many long prompts wait for the tokenizer")
@@ -233,9 +248,9 @@ class Executions:
         """Makes a long prompt away from the event loop."""
         loop = asyncio.get_running_loop()
         try:
-            request = await loop.run_in_executor(self._threads, self._admission.request, execution)
+            made = await loop.run_in_executor(self._threads, self._request, execution)
             if run.failure is None:
-                self._submit(run, execution, request)
+                self._submit(run, *made)
         except MaasError as error:
             if run.failure is None:
                 self._forget(run)
@@ -245,9 +260,25 @@ class Executions:
             self._preparing -= 1
             run.outbox.wake()
 
-    def _submit(self, run: Run, execution: engine_pb2.Execution, request: EngineRequest) -> None:
+    def _request(self, execution: engine_pb2.Execution) -> tuple[EngineRequest, StopMatcher | None]:
+        """Makes the engine's request, and what finds its stop sequences. May run in a thread.
+
+        A defect on one prompt must not end all others' stream.
+        """
+        try:
+            matcher = matcher_of(tuple(execution.stop.stop_sequences))
+            return self._admission.request(execution), matcher
+        except MaasError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a tokenizer does wrong; its text may quote the prompt
+            log.error(  # noqa: TRY400 - a traceback's last line may quote the prompt
+                "prompt failed", execution=execution.execution_id, error=type(error).__name__
+            )
+            raise Internal("internal error") from None
+
+    def _submit(self, run: Run, request: EngineRequest, matcher: StopMatcher | None) -> None:
         """Puts an execution into the engine."""
-        ended = self._ended_before(request)
+        ended = self._admission.ended_before(request)
         self._lanes += 1
         try:
             if ended is None:
@@ -255,7 +286,7 @@ class Executions:
         except EngineDied:
             raise runs.lost(self._worker) from None
         run.engine_lane = self._lanes
-        self._prime(run, tuple(execution.stop.stop_sequences), request.continue_ids)
+        run.prime(self._pieces, matcher, request.continue_ids)
         self._add(run)
         self._running[self._lanes] = run
         self._reports.started(run.execution_id)
@@ -264,22 +295,6 @@ class Executions:
         if ended is not None:
             self._end(Ended(self._lanes, ended))
         run.outbox.wake()
-
-    def _ended_before(self, request: EngineRequest) -> EndReason | None:
-        """Tells how a continuation has ended that leaves nothing to do."""
-        if len(request.continue_ids) >= request.max_output_tokens:
-            return EndReason.MAX_TOKENS
-        if len(request.prompt_ids) + len(request.continue_ids) >= self._info.context_length:
-            return EndReason.CONTEXT_FULL
-        return None
-
-    def _prime(self, run: Run, stops: tuple[str, ...], released: tuple[int, ...]) -> None:
-        matcher = matcher_of(stops)
-        run.is_matching = matcher is not None
-        if matcher is None and not released:
-            return
-        run.text = OutputText(self._pieces, matcher)
-        run.text.prime(released)
 
     def _deliver(self, batch: StepBatch) -> None:
         """Hands one batch to the streams. The loop is what every token of the worker costs."""
@@ -310,7 +325,7 @@ class Executions:
         if text is None:
             text = run.text = OutputText(self._pieces)
         release = text.push(token_id)
-        _show(run, release)
+        run.show(release)
         if release.stop is not None:
             self._stopped(run, release.stop)
         elif text.is_clear and not run.is_matching:
@@ -318,11 +333,18 @@ class Executions:
 
     def _stopped(self, run: Run, sequence: str) -> None:
         """A stop sequence ended the output; the engine does not know yet."""
-        assert run.engine_lane is not None
         run.tell_end(stop_to_pb(sequence))
         metrics.EXECUTIONS.labels("OK").inc()
-        self._ending[run.engine_lane] = self._running.pop(run.engine_lane)
-        self._engine.abort(run.engine_lane)
+        self._stop(run)
+
+    def _stop(self, run: Run) -> None:
+        """Asks the engine to end an execution, which says nothing more."""
+        lane = run.engine_lane
+        assert lane is not None
+        self._ending[lane] = self._running.pop(lane)
+        run.stopped_s = self._clock.monotonic_s()
+        self._has_watch.set()
+        self._engine.abort(lane)
 
     def _end(self, ended: Ended) -> None:
         """The engine has ended an execution: its place is free."""
@@ -330,7 +352,10 @@ class Executions:
         if run is not None:
             self._conclude(run, ended)
         else:
-            run = self._ending.pop(ended.lane)
+            run = self._ending.pop(ended.lane, None)
+            if run is None:
+                # The engine counted as dead, and speaks.
+                return
             if run.failure is not None:
                 run.tell_failure(run.failure)
         self._forget(run)
@@ -347,7 +372,7 @@ class Executions:
         end = end_to_pb(ended)
         if run.text is not None:
             release = run.text.finish()
-            _show(run, release)
+            run.show(release)
             if release.stop is not None:
                 end = stop_to_pb(release.stop)
         run.tell_end(end)
@@ -357,15 +382,13 @@ class Executions:
         """Stops an execution. May be repeated; the first reason stays."""
         if run.failure is not None:
             return
-        lane = run.engine_lane
-        if lane is None:
+        if run.engine_lane is None:
             run.failure = error
             run.tell_failure(error)
             self._forget(run)
-        elif lane in self._running:
+        elif run.engine_lane in self._running:
             run.failure = error
-            self._ending[lane] = self._running.pop(lane)
-            self._engine.abort(lane)
+            self._stop(run)
         else:
             return
         run.outbox.wake()
@@ -386,16 +409,13 @@ class Executions:
         if run is not None:
             self._abort(run, invalid_field("lane", FieldRule.CONFLICTING, "is in use"))
 
-    def _expire(self) -> None:
-        now_s = self._clock.monotonic_s()
+    def _expire(self, now_s: float) -> None:
         self._earliest_s = UNLIMITED_S
         for run in list(self._by_id.values()):
             if run.deadline_s <= now_s:
                 self._abort(run, runs.expired())
             else:
                 self._earliest_s = min(self._earliest_s, run.deadline_s)
-        if self._earliest_s == UNLIMITED_S:
-            self._has_deadline.clear()
 
     def _die(self) -> None:
         """Tells everybody that the engine is gone."""
@@ -419,19 +439,9 @@ class Executions:
         self._is_idle.clear()
         if run.deadline_s < self._earliest_s:
             self._earliest_s = run.deadline_s
-            self._has_deadline.set()
+            self._has_watch.set()
 
     def _forget(self, run: Run) -> None:
         del self._by_id[run.execution_id]
         if not self._by_id:
             self._is_idle.set()
-
-
-def _show(run: Run, release: Release) -> None:
-    """Appends released tokens to the columns; their text stands with the last of them."""
-    count = len(release.token_ids)
-    if count == 0:
-        return
-    run.outbox.lanes.extend([run.lane] * count)
-    run.outbox.token_ids.extend(release.token_ids)
-    run.outbox.texts.extend([*[""] * (count - 1), release.text])

@@ -23,6 +23,8 @@ from services.worker.text import TokenPieces
 
 # Texts longer than this are tokenised away from the event loop: about a millisecond's work.
 SHORT_CHARACTERS_MAX = 4096
+# Likewise for the automaton of stop sequences: 2 us and more for each character.
+STOP_CHARACTERS_MAX = 512
 
 _ROLES = {
     generation_pb2.ROLE_SYSTEM: "system",
@@ -147,7 +149,9 @@ class PromptBuilder:
 
 
 def is_short(execution: engine_pb2.Execution) -> bool:
-    """Tells whether a prompt is made so fast that it may happen on the event loop."""
+    """Tells whether a request is made so fast that it may happen on the event loop."""
+    if sum(map(len, execution.stop.stop_sequences)) > STOP_CHARACTERS_MAX:
+        return False
     match execution.WhichOneof("input"):
         case "chat":
             return _characters(execution.chat) <= SHORT_CHARACTERS_MAX

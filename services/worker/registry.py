@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import secrets
 from typing import TYPE_CHECKING
 
 import grpc
@@ -20,9 +21,9 @@ from maas.scheduler.v1 import worker_registry_service_pb2 as registry_pb
 from maas.scheduler.v1 import worker_registry_service_pb2_grpc
 
 from libs.clock import Clock
-from libs.errors import MaasError, unavailable
-from libs.process import Background
+from libs.errors import MaasError, Unavailable, unavailable
 from libs.rpc import Peer
+from services.worker.config import WorkerSection
 from services.worker.convert import load_to_pb
 from services.worker.engine.base import Engine
 from services.worker.executions import Executions
@@ -42,6 +43,16 @@ BACKOFF_MAX_S = 2.0
 WELCOME_WITHIN_S = 15.0
 # Ids in one ExecutionReport: half a mebibyte at most.
 REPORT_MAX = 4096
+
+
+def register_of(worker: WorkerSection, info: engine_pb2.EngineInfo) -> registry_pb.Register:
+    """Says who this process is; another one is another incarnation."""
+    return registry_pb.Register(
+        worker=f"workers/{worker.name}",
+        incarnation=secrets.token_hex(16),
+        endpoint=worker.endpoint,
+        info=info,
+    )
 
 
 class Registration:
@@ -108,17 +119,16 @@ class Registration:
         heartbeat_s = await self._introduce(call)
         self.is_up.set()
         log.info("registered", epoch=self._executions.epoch)
-
-        def give_up(_: BaseException) -> None:
-            call.cancel()
-
-        async with Background(give_up) as background:
-            background.start(self._write(call), name="report")
-            background.start(self._beat(heartbeat_s), name="heartbeat")
-            # Nothing more is said to workers yet; this waits for the end of the stream.
-            while await call.read() is not grpc.aio.EOF:
-                pass
-        raise unavailable("scheduler")
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._write(call), name="report")
+                tasks.create_task(self._beat(heartbeat_s), name="heartbeat")
+                # Nothing more is said to workers yet; this waits for the end of the stream.
+                while await call.read() is not grpc.aio.EOF:
+                    pass
+                raise unavailable("scheduler")
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
 
     async def _introduce(self, call: Call) -> float:
         """Registers; returns the heartbeat interval, seconds."""
@@ -158,8 +168,7 @@ class Registration:
                 await self._reports.changed.wait()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             return
-        log.error("reports overflowed: registering anew")
-        call.cancel()
+        raise Unavailable("more happened than is kept for the scheduler: registering anew")
 
     async def _write_executions(self, call: Call) -> None:
         while True:

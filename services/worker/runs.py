@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from maas.engine.v1 import engine_pb2
 from maas.inference.v1 import generation_pb2
@@ -11,7 +12,8 @@ from libs.errors import Cancelled, DeadlineExceeded, Internal, MaasError, Reason
 from services.worker.convert import failure_to_pb
 from services.worker.engine.base import Lane
 from services.worker.outbox import Outbox
-from services.worker.text import OutputText
+from services.worker.stops import StopMatcher
+from services.worker.text import OutputText, Release, TokenPieces
 
 UNLIMITED_S = float("inf")
 
@@ -41,6 +43,7 @@ class Run:
         lane: on that stream.
         deadline_s: monotonic.
         engine_lane: in the engine; None while it is being prepared.
+        stopped_s: monotonic, when the engine was asked to end it.
         text: its text layer; None while every token is whole text of its own.
         is_matching: it has stop sequences, so every token goes through the text layer.
         is_told: its stream has been told its end, or is gone.
@@ -56,6 +59,7 @@ class Run:
         "is_told",
         "lane",
         "outbox",
+        "stopped_s",
         "stream",
         "text",
     )
@@ -67,10 +71,28 @@ class Run:
         self.lane = execution.lane
         self.deadline_s = deadline_s
         self.engine_lane: Lane | None = None
+        self.stopped_s = UNLIMITED_S
         self.text: OutputText | None = None
         self.is_matching = False
         self.is_told = False
         self.failure: MaasError | None = None
+
+    def prime(
+        self, pieces: TokenPieces, matcher: StopMatcher | None, released: Sequence[int]
+    ) -> None:
+        """Prepares the text layer: for stop sequences, and behind what was released elsewhere."""
+        self.is_matching = matcher is not None
+        if self.is_matching or released:
+            self.text = OutputText(pieces, matcher)
+            self.text.prime(released)
+
+    def show(self, release: Release) -> None:
+        """Appends released tokens to the columns; their text stands with the last of them."""
+        count = len(release.token_ids)
+        if count:
+            self.outbox.lanes.extend([self.lane] * count)
+            self.outbox.token_ids.extend(release.token_ids)
+            self.outbox.texts.extend([*[""] * (count - 1), release.text])
 
     def tell_end(self, end: generation_pb2.OutputEnd) -> None:
         """Tells the stream that the output ended well."""

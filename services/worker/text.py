@@ -5,8 +5,8 @@ and released tokens always agree. Held back are the bytes of an unfinished chara
 end of the text with which a stop sequence begins. Hence nothing is pending at any place where
 output was released, and another worker can go on behind the released tokens.
 
-    tokens      | Hel | lo  | E2 | 82 | AC | <S |          stop sequence "<STOP>"
-    text        | Hel | lo  |      euro    | <S |
+    tokens      | All | in  | E2 | 82 | AC | <S |          stop sequence "<STOP>"
+    text        | All | in  |      euro    | <S |
     released    |-----------------------------|  held: "<S" until it is no stop sequence
 
 How it ends:

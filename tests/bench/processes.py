@@ -28,11 +28,9 @@ class Suite:
     """The processes of a running suite, by name."""
 
     def __init__(self, state: Path) -> None:
-        listing = json.loads((state / "processes.json").read_text())
-        self._pids: dict[str, int] = {
-            name: int(entry["pid"] if isinstance(entry, dict) else entry)
-            for name, entry in listing.items()
-        }
+        started = json.loads((state / "processes.json").read_text())["started"]
+        # The seed has done its work and is gone.
+        self._pids = {name: int(entry[0]) for name, entry in started.items() if name != "seed"}
 
     def cpu_s(self) -> dict[str, float]:
         """CPU time of each process; an engine's child is listed beside its worker."""

@@ -45,6 +45,7 @@ SETTINGS = Settings(
     lease_s=3.0,
     start_within_s=1.0,
     queue_length_max=6,
+    gather_s=0.7,
     lost_kept_s=5.0,
     lost_kept_max=2,
 )
@@ -187,7 +188,7 @@ class World:
         return self.rng.random() < share
 
     def _new_state(self) -> State:
-        return State(SETTINGS, f"s{next(self._instances)}")
+        return State(SETTINGS, f"s{next(self._instances)}", self.now_s)
 
     def tick(self) -> None:
         self.feed(Tick())

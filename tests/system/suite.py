@@ -28,9 +28,9 @@ from maas.inference.v1 import generation_pb2
 from maas.inference.v1 import generation_service_pb2 as generations
 from maas.inference.v1.generation_service_pb2_grpc import GenerationServiceStub
 
-from libs import rpc
-from tools.local import guard, orphan
-from tools.local.place import METRICS_OFFSET, ROOT, State
+from libs import errors, rpc
+from tools.local import guard, orphan, probe
+from tools.local.place import METRICS_OFFSET, Ports, State
 
 START_TIMEOUT_S = 120.0
 _SPAN = 16
@@ -109,6 +109,11 @@ class Suite:
         """Processes whose parent is the named one: PostgreSQL's backends, a worker's engine."""
         parent = self.pids()[name]
         return [item.pid for item in orphan.all_processes() if item.parent == parent]
+
+    async def is_serving(self) -> bool:
+        """Whether every process says SERVING; PostgreSQL has to be asked through them."""
+        ports = [Ports(self.base).of_process(name) for name in self.pids() if name != "postgres"]
+        return all([await probe.is_serving(port) for port in ports])
 
     def environment(self) -> dict[str, str]:
         """Variables of dev.env, as a shell would read them."""
@@ -191,19 +196,21 @@ class Client:
                 if not page_token:
                     return total
 
-    async def generate_within(self, timeout_s: float) -> float:
-        """Tries until a generation succeeds; returns how long that took."""
+    async def whole_within(self, suite: Suite, timeout_s: float) -> None:
+        """Waits until every process serves and a generation goes through and is settled."""
         loop = asyncio.get_running_loop()
         started_s = loop.time()
-        cause: str | None = "was not tried"
+        cause = ""
         while loop.time() - started_s < timeout_s:
             try:
-                await self.generate()
-            except grpc.aio.AioRpcError as error:
-                cause = error.details()
-                await asyncio.sleep(0.05)
-            else:
-                return loop.time() - started_s
+                if await suite.is_serving():
+                    await self.generate()
+                    await self.balance()
+                    return
+                cause = "not every process serves"
+            except (grpc.aio.AioRpcError, errors.MaasError) as error:
+                cause = repr(error)
+            await asyncio.sleep(0.05)
         raise AssertionError(f"not whole after {timeout_s} s: {cause}")
 
 
@@ -222,4 +229,11 @@ def wait_gone(pids: list[int], within_s: float) -> None:
         time.sleep(0.02)
 
 
-__all__ = ["ROOT", "Client", "Suite", "kill", "new_suite", "wait_gone"]
+async def eventually_settled(client: Client) -> None:
+    """Nothing is held and the ledger sums to zero, within the time that slices may idle."""
+    for _ in range(100):
+        if (await client.balance()).held.nanos == 0:
+            break
+        await asyncio.sleep(0.1)
+    assert (await client.balance()).held.nanos == 0
+    assert await client.ledger_sum() == 0

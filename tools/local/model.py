@@ -67,7 +67,7 @@ def model_id_of(path: Path) -> str:
     Raises:
         ModelError: no letter or digit is in it.
     """
-    text = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("._-")[:ID_LENGTH_MAX]
+    text = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("._-")[:ID_LENGTH_MAX]
     if not text:
         raise ModelError(f"{path.name}: no model id can be made of this name; rename the file")
     return text

@@ -37,11 +37,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     corpus = commands.add_parser("corpus", help="write corpus.jsonl and tokenizer.json")
     corpus.add_argument("--run", type=Path, required=True)
-    corpus.add_argument("--documents", type=int, default=100_000)
+    corpus.add_argument("--documents", type=int, default=60_000)
     train = commands.add_parser("train", help="write weights.pt")
     train.add_argument("--run", type=Path, required=True)
-    train.add_argument("--steps", type=int, default=1500)
-    train.add_argument("--batch-tokens", type=int, default=8192)
+    train.add_argument("--steps", type=int, default=1600, help="length of the schedule of rates")
+    train.add_argument("--until", type=int, help="stop after so many steps of it")
+    train.add_argument("--resume", action="store_true", help="start from the weights of the run")
+    train.add_argument("--flat", type=float, default=0.3, help="share before the rates fall")
+    train.add_argument("--rate", type=float, default=1.0, help="share of the peak rates")
+    train.add_argument("--batch-tokens", type=int, default=2048)
     train.add_argument("--threads", type=int, default=2)
     train.add_argument("--seed", type=int, default=1)
     export = commands.add_parser("export", help="write a GGUF file")
@@ -72,6 +76,10 @@ def _train(folder: Path, arguments: argparse.Namespace) -> None:
 
     recipe = Recipe(
         steps=arguments.steps,
+        until=arguments.until or arguments.steps,
+        resume=arguments.resume,
+        flat=arguments.flat,
+        rate=arguments.rate,
         batch_tokens=arguments.batch_tokens,
         threads=arguments.threads,
         seed=arguments.seed,

@@ -42,16 +42,29 @@ class Plan:
     topics: int = 40
     seeds: int = 16
     documents: int = 200
-    training_documents: int = 100_000
+    training_documents: int = 60_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One generated story and what it was to be about."""
+class Group:
+    """Prompts that are reported together."""
 
+    split: Split
+    temperature: float
+    chat: bool
+
+    def __str__(self) -> str:
+        form = "chat" if self.chat else "plain"
+        return f"{self.split.value} pairs, {form}, temperature {self.temperature}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One prompt, what its story is to be about, and the group that it counts for."""
+
+    group: Group
     topic: Topic
     order: Order
-    answer: Answer
 
 
 def report(path: Path, plan: Plan) -> Iterator[str]:
@@ -60,17 +73,22 @@ def report(path: Path, plan: Plan) -> Iterator[str]:
     yield f"parameters: {model.parameters}"
     for split in Split:
         value = perplexity(model, split, plan.documents)
-        yield f"perplexity, {split.value} pairs, new seed: {value:.3f} per token"
-    stories: list[str] = []
-    for split in Split:
-        for temperature in (0.0, TEMPERATURE):
-            for chat in (False, True):
-                cases = ask(model, split, plan.topics, temperature=temperature, chat=chat)
-                stories += [case.answer.text for case in cases]
-                form = "chat" if chat else "plain"
-                yield f"{split.value} pairs, {form}, temperature {temperature}: {shares(cases)}"
+        yield f"perplexity of new documents, {split.value} pairs: {value:.3f} per learned token"
+    groups = [
+        Group(split=split, temperature=temperature, chat=chat)
+        for split in Split
+        for temperature in (0.0, TEMPERATURE)
+        for chat in (False, True)
+    ]
+    questions = [question for group in groups for question in ask(group, plan.topics)]
+    # All at once: rows of one length share the work, whatever group they count for.
+    answers = generate(model, [question.order for question in questions], TOKENS_MAX)
+    asked = list(zip(questions, answers, strict=True))
+    for group in groups:
+        members = [(question, answer) for question, answer in asked if question.group == group]
+        yield f"{group}: {shares(members)}"
     yield from _variety(model, plan)
-    yield _copies(stories, plan)
+    yield _copies([answer.text for answer in answers], plan)
 
 
 def perplexity(model: ReferenceModel, split: Split, count: int) -> float:
@@ -83,36 +101,32 @@ def perplexity(model: ReferenceModel, split: Split, count: int) -> float:
     return float(np.exp(loss / tokens))
 
 
-def ask(
-    model: ReferenceModel, split: Split, count: int, *, temperature: float, chat: bool
-) -> list[Case]:
-    """Return a story for each of `count` topics of the split."""
-    topics = draw_topics(EVALUATION_SEED, count, split)
-    chance = Chance(f"{EVALUATION_SEED}/prompts/{split.value}/{chat}")
-    orders = [
-        Order(
-            prompt=topic.prompt(chance, chat=chat),
-            temperature=temperature,
-            top_p=TOP_P,
-            seed=number,
-        )
-        for number, topic in enumerate(topics)
-    ]
-    answers = generate(model, orders, TOKENS_MAX)
+def ask(group: Group, count: int) -> list[Question]:
+    """Return a question for each of `count` topics of the group's split."""
+    chance = Chance(f"{EVALUATION_SEED}/prompts/{group.split.value}/{group.chat}")
     return [
-        Case(topic=topic, order=order, answer=answer)
-        for topic, order, answer in zip(topics, orders, answers, strict=True)
+        Question(
+            group=group,
+            topic=topic,
+            order=Order(
+                prompt=topic.prompt(chance, chat=group.chat),
+                temperature=group.temperature,
+                top_p=TOP_P,
+                seed=number,
+            ),
+        )
+        for number, topic in enumerate(draw_topics(EVALUATION_SEED, count, group.split))
     ]
 
 
-def shares(cases: Sequence[Case]) -> str:
+def shares(asked: Sequence[tuple[Question, Answer]]) -> str:
     """Return the shares of stories on topic, consistent and ended, as a line of text."""
-    verdicts = [judge(case.topic, case.answer.text) for case in cases]
-    count = len(cases)
+    verdicts = [judge(question.topic, answer.text) for question, answer in asked]
+    count = len(asked)
     on_topic = sum(verdict.on_topic for verdict in verdicts)
     consistent = sum(verdict.consistent for verdict in verdicts)
-    ended = sum(case.answer.ended for case in cases)
-    length = sum(len(case.answer.token_ids) for case in cases) / count
+    ended = sum(answer.ended for _, answer in asked)
+    length = sum(len(answer.token_ids) for _, answer in asked) / count
     return (
         f"on topic {on_topic}/{count}, consistent {consistent}/{count}, "
         f"ended within {TOKENS_MAX} tokens {ended}/{count}, mean length {length:.0f} tokens"

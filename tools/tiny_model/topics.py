@@ -10,9 +10,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tools.tiny_model.cast import BOY_NAMES, GIRL_NAMES, KINDS, Kind, article
+from tools.tiny_model.cast import BOY_NAMES, GIRL_NAMES, KINDS, Kind, article, plural
 from tools.tiny_model.chance import Chance
 from tools.tiny_model.chat_format import as_chat_prompt
+from tools.tiny_model.phrases import LEADS
 from tools.tiny_model.scene import Split, is_held_out
 from tools.tiny_model.settings import SETTINGS, Setting
 
@@ -64,11 +65,19 @@ def draw_topics(seed: str, count: int, split: Split) -> list[Topic]:
 
 def judge(topic: Topic, story: str) -> Verdict:
     """Return the verdict on `story` as an answer to `topic`."""
-    words = _WORD.findall(story.lower())
+    story = _without_lead(story)
+    words = set(_WORD.findall(story.lower()))
     return Verdict(
         on_topic=_mentions(words, topic.kind.noun) and _mentions(words, topic.setting.noun),
         consistent=_is_consistent(topic, story),
     )
+
+
+def _without_lead(story: str) -> str:
+    story = story.strip()
+    for lead in LEADS:
+        story = story.removeprefix(lead)
+    return story
 
 
 def distinct_share(stories: Sequence[str]) -> float:
@@ -87,9 +96,9 @@ def _runs(text: str, size: int) -> set[tuple[str, ...]]:
     return {tuple(words[start : start + size]) for start in range(len(words) - size + 1)}
 
 
-def _mentions(words: list[str], noun: str) -> bool:
-    """Return whether a word is `noun`, its plural or an adjective of it ("snowy")."""
-    return any(word == noun or word.removesuffix("'s").rstrip("sy") == noun for word in words)
+def _mentions(words: set[str], noun: str) -> bool:
+    """Return whether `noun`, its plural or an adjective of it ("snowy") is among `words`."""
+    return bool(words & {noun, plural(noun), f"{noun}y", f"{noun}'s"})
 
 
 def _is_consistent(topic: Topic, story: str) -> bool:

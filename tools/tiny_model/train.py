@@ -31,10 +31,14 @@ class Recipe:
     """How to train.
 
     Attributes:
-        steps: Number of updates.
+        steps: Number of updates of the schedule of rates.
+        until: Number of updates that are made; a stage may be cut short, for one with another end.
+        resume: Whether to start from the weights of the run, not from new ones.
+        flat: Share of the steps before the rates begin to fall to zero.
         batch_tokens: Padded tokens in a batch, at most.
         batches: Batches of an update. A batch holds documents of one length, so an update takes
             more than one, to see short answers and long stories together.
+        rate: Share of the peak rates that this stage reaches.
         matrix_rate: Peak learning rate of the matrices (Muon).
         vector_rate: Peak learning rate of embedding and norms (AdamW).
         warmup: Updates until the rates are at their peak.
@@ -44,8 +48,12 @@ class Recipe:
     """
 
     steps: int
+    until: int
+    resume: bool = False
+    flat: float = 0.3
     batch_tokens: int = 3072
     batches: int = 2
+    rate: float = 1.0
     matrix_rate: float = 0.01
     vector_rate: float = 0.002
     warmup: int = 40
@@ -55,13 +63,16 @@ class Recipe:
 
 
 def train(folder: Path, recipe: Recipe, shape: Shape) -> Network:
-    """Train on `folder`/corpus.jsonl and write weights.pt, shape.json and recipe.json there."""
+    """Train on `folder`/corpus.jsonl and write weights.pt, shape.json and recipe.json there.
+
+    The weights are also written on the way, so that a run that is cut short is not lost.
+    """
     torch.manual_seed(recipe.seed)
     torch.set_num_threads(recipe.threads)
     torch.use_deterministic_algorithms(mode=True)
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     documents = load_documents(folder / "corpus.jsonl", tokenizer, shape)
-    network = Network(shape)
+    network = load_network(folder).train() if recipe.resume else Network(shape)
     _say(f"{sum(p.numel() for p in network.parameters())} parameters, {len(documents)} documents")
     optimizers = _optimizers(network, recipe)
     (folder / "shape.json").write_text(json.dumps(asdict(shape)))
@@ -70,12 +81,12 @@ def train(folder: Path, recipe: Recipe, shape: Shape) -> Network:
     heavy = token_weights([tokenizer.decode([number]) for number in range(shape.vocabulary)])
     batches = _endless(documents, heavy, recipe)
     seen, recent = 0, 0.0
-    for step in range(recipe.steps):
+    for step in range(min(recipe.steps, recipe.until)):
         chosen = [next(batches) for _ in range(recipe.batches)]
         loss = _update(network, chosen, optimizers, _rate(step, recipe), recipe)
         seen += sum(batch.token_ids.size for batch in chosen)
         recent = loss if step == 0 else 0.95 * recent + 0.05 * loss
-        if step % 25 == 0 or step + 1 == recipe.steps:
+        if step % 25 == 0 or step + 1 == min(recipe.steps, recipe.until):
             torch.save(network.state_dict(), folder / "weights.pt")
             seconds = time.perf_counter() - started
             _say(f"step {step} loss {recent:.4f} tokens {seen} seconds {seconds:.0f}")
@@ -153,10 +164,10 @@ def _optimizers(network: Network, recipe: Recipe) -> list[torch.optim.Optimizer]
 
 
 def _rate(step: int, recipe: Recipe) -> float:
-    """Return the share of the peak rate: up in `warmup` steps, flat, then down to zero."""
+    """Return the share of the peak rates: up in `warmup` steps, level, then down to zero."""
     up = min(1.0, (step + 1) / recipe.warmup)
-    down = (recipe.steps - step) / (0.7 * recipe.steps)
-    return min(up, down, 1.0)
+    down = (recipe.steps - step) / ((1 - recipe.flat) * recipe.steps)
+    return recipe.rate * min(up, down, 1.0)
 
 
 def _endless(

@@ -16,7 +16,8 @@ engines that do not measure it compete by their slots alone. A slow worker needs
 own: it keeps its slots for longer and so gets fewer.
 
 Pick: the lowest score of those with a free slot; among equals the one that got its last slot
-longest ago, so that idle workers take turns. O(workers of the version).
+longest ago, so that idle workers take turns. The rest, in the same order and full ones last, are
+the fallbacks. O(n log n) in the workers of the version.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from services.scheduler.core.state import State, Worker
 KV_WEIGHT = 0.25
 
 
-def eligible(state: State, model_version: str, excluded: frozenset[str]) -> list[Worker]:
-    """Lists the workers that may run an execution, full ones included."""
+def ranked(state: State, model_version: str, excluded: frozenset[str]) -> list[Worker]:
+    """Lists the workers that may run an execution, best first, full ones last."""
     ready = state.ready.get(model_version)
     if ready is None:
         return []
-    return [worker for name, worker in ready.items() if name not in excluded]
+    return sorted((item for name, item in ready.items() if name not in excluded), key=_rank)
 
 
 def score(worker: Worker) -> float:
@@ -44,23 +45,10 @@ def score(worker: Worker) -> float:
     return used + KV_WEIGHT * load.kv_used_tokens / load.kv_total_tokens
 
 
-def pick(workers: list[Worker]) -> Worker | None:
-    """Returns the best worker with a free slot; None when all are full."""
-    free = [worker for worker in workers if worker.free > 0]
-    return min(free, key=_rank) if free else None
-
-
-def fallbacks(workers: list[Worker], chosen: Worker, most: int) -> tuple[Target, ...]:
-    """Lists where to try next: workers with a free slot first, then by score."""
-    others = [worker for worker in workers if worker is not chosen]
-    others.sort(key=lambda worker: (worker.free <= 0, *_rank(worker)))
-    return tuple(target_of(worker) for worker in others[:most])
-
-
 def target_of(worker: Worker) -> Target:
     """Says how to reach a worker."""
     return Target(worker=worker.name, endpoint=worker.registration.endpoint, epoch=worker.epoch)
 
 
-def _rank(worker: Worker) -> tuple[float, int]:
-    return score(worker), worker.granted_turn
+def _rank(worker: Worker) -> tuple[bool, float, int]:
+    return worker.free <= 0, score(worker), worker.granted_turn

@@ -32,6 +32,7 @@ class Settings:
         lease_s: without a message for this long a worker is lost.
         start_within_s: an execution that was not reported started by then loses its slot.
         queue_length_max: waiters for one model version.
+        gather_s: so long after the start requests wait for workers that are not here yet.
         fallbacks_max: targets that come with a slot beyond the first.
         lost_kept_s: how long a lost worker stays in the listing.
         lost_kept_max: how many lost workers stay in the listing.
@@ -40,6 +41,7 @@ class Settings:
     lease_s: float
     start_within_s: float
     queue_length_max: int
+    gather_s: float = 0.0
     fallbacks_max: int = 3
     lost_kept_s: float = 600.0
     lost_kept_max: int = 100
@@ -118,11 +120,14 @@ class State:
         queues: by model version; only while somebody waits.
         waiting: waiters of all queues, by execution id.
         revision: grows whenever a worker is new or what it is has changed; not with its load.
+        gathers_until_s: end of the time in which workers that an earlier scheduler knew come
+            back, and "no worker" is not believed yet; None when it is over.
     """
 
-    def __init__(self, settings: Settings, instance: str) -> None:
+    def __init__(self, settings: Settings, instance: str, now_s: float) -> None:
         """Starts empty; `instance` sets the slot ids of this process apart from all others."""
         self.settings = settings
+        self.gathers_until_s = now_s + settings.gather_s if settings.gather_s > 0 else None
         self.workers: dict[str, Worker] = {}
         self.ready: dict[str, dict[str, Worker]] = {}
         self.slots: dict[str, Slot] = {}
@@ -292,7 +297,7 @@ class State:
             ready = self.ready.get(version, {}).values()
             for waiter in queue:
                 able = [item for item in ready if item.name not in waiter.excluded]
-                if not able:
+                if not able and self.gathers_until_s is None:
                     yield f"{waiter.execution_id} waits for nobody"
                 if any(item.free > 0 for item in able):
                     yield f"{waiter.execution_id} waits beside a free worker"

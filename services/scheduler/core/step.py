@@ -84,25 +84,29 @@ class _Step:
                 assert_never(event)
         return self._commands
 
+    @property
+    def _is_gathering(self) -> bool:
+        return self._state.gathers_until_s is not None
+
     # Requests.
 
     def _ask(self, ask: SlotAsked) -> None:
         slot = self._state.slots.get(ask.execution_id)
         if slot is not None and slot.worker.name not in ask.excluded:
-            self._say_granted(slot, ask, queued_s=0.0)
+            self._say_granted(slot, self._ranked(ask), queued_s=0.0)
             return
         if slot is not None:
             # It has failed there: the slot is of no use to this request any more.
             self._free(slot)
         if ask.execution_id in self._state.waiting:
             return
-        workers = placement.eligible(self._state, ask.model_version, ask.excluded)
-        worker = placement.pick(workers)
-        if worker is not None:
-            self._grant(worker, _waiter_of(ask, self._now_s))
-        elif not workers:
+        workers = self._ranked(ask)
+        can_wait = ask.max_wait_s > 0
+        if workers and workers[0].free > 0:
+            self._grant(workers[0], ask.execution_id, workers, queued_s=0.0)
+        elif not workers and not (can_wait and self._is_gathering):
             self._refuse(ask, Refusal.NO_READY_WORKER)
-        elif ask.max_wait_s <= 0:
+        elif not can_wait:
             self._refuse(ask, Refusal.QUEUE_TIMEOUT)
         elif not self._state.put_waiter(_waiter_of(ask, self._now_s)):
             self._refuse(ask, Refusal.QUEUE_FULL)
@@ -123,23 +127,26 @@ class _Step:
             if slot is not None:
                 self._free(slot)
 
-    def _grant(self, worker: Worker, waiter: Waiter) -> None:
-        start_by_s = self._now_s + self._state.settings.start_within_s
-        slot = self._state.add_slot(worker, waiter.execution_id, start_by_s)
-        worker.granted_turn = self._state.next_turn()
-        queued_s = self._now_s - waiter.asked_s
-        self._say_granted(slot, waiter, queued_s=queued_s)
+    def _ranked(self, who: SlotAsked | Waiter) -> list[Worker]:
+        return placement.ranked(self._state, who.model_version, who.excluded)
 
-    def _say_granted(self, slot: Slot, who: SlotAsked | Waiter, *, queued_s: float) -> None:
-        workers = placement.eligible(self._state, who.model_version, who.excluded)
+    def _grant(
+        self, worker: Worker, execution_id: str, workers: list[Worker], *, queued_s: float
+    ) -> None:
+        start_by_s = self._now_s + self._state.settings.start_within_s
+        slot = self._state.add_slot(worker, execution_id, start_by_s)
+        worker.granted_turn = self._state.next_turn()
+        self._say_granted(slot, workers, queued_s=queued_s)
+
+    def _say_granted(self, slot: Slot, workers: list[Worker], *, queued_s: float) -> None:
+        others = [worker for worker in workers if worker is not slot.worker]
         most = self._state.settings.fallbacks_max
-        fallbacks = placement.fallbacks(workers, slot.worker, most)
         self._commands.append(
             Grant(
                 execution_id=slot.execution_id,
                 slot_id=slot.slot_id,
                 target=placement.target_of(slot.worker),
-                fallbacks=fallbacks,
+                fallbacks=tuple(placement.target_of(worker) for worker in others[:most]),
                 queued_s=queued_s,
             )
         )
@@ -159,10 +166,13 @@ class _Step:
             waiter = self._state.take_waiter(worker)
             if waiter is None:
                 return
-            self._grant(worker, waiter)
+            queued_s = self._now_s - waiter.asked_s
+            self._grant(worker, waiter.execution_id, self._ranked(waiter), queued_s=queued_s)
 
     def _refuse_hopeless(self, model_versions: tuple[str, ...]) -> None:
         """Refuses those whom no worker is left for."""
+        if self._is_gathering:
+            return
         for version in model_versions:
             ready = self._state.ready.get(version, {}).keys()
             hopeless = [
@@ -241,7 +251,8 @@ class _Step:
         waiter = self._state.waiting.get(execution_id)
         if waiter is not None:
             self._state.remove_waiter(waiter)
-            self._say_granted(slot, waiter, queued_s=self._now_s - waiter.asked_s)
+            queued_s = self._now_s - waiter.asked_s
+            self._say_granted(slot, self._ranked(waiter), queued_s=queued_s)
 
     def _end(self, worker: Worker, execution_id: str) -> None:
         worker.ended[execution_id] = None
@@ -272,6 +283,10 @@ class _Step:
 
     def _tick(self) -> None:
         settings = self._state.settings
+        gathers_until_s = self._state.gathers_until_s
+        if gathers_until_s is not None and gathers_until_s <= self._now_s:
+            self._state.gathers_until_s = None
+            self._refuse_hopeless(tuple(self._state.queues))
         for worker in list(self._state.workers.values()):
             is_silent = self._now_s - worker.heard_s >= settings.lease_s
             if is_silent and worker.state is not WorkerState.LOST:

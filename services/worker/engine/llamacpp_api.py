@@ -256,7 +256,7 @@ class Llama:
     def _keep_line(self, level: int, line: bytes, _user_data: None) -> None:
         # May run on any thread of the library. Continuation lines only carry progress dots.
         if level == _LOG_LEVEL_ERROR:
-            self._errors.append(line.decode("utf-8", "replace").strip())
+            self._errors.append(" ".join(line.decode("utf-8", "replace").split()))
 
 
 @functools.cache

@@ -10,6 +10,7 @@ Never: schedules or samples.
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,8 @@ class LlamaModel:
         self._batch.n_tokens = rows
         code = self._llama.decode(self._context, self._batch)
         if code != 0:
-            reason = self._llama.take_errors() or "no reason given"
+            # The library names token ids in some of its errors; they must not get into a log.
+            reason = re.sub(r"\d+", "#", self._llama.take_errors()) or "no reason given"
             raise DecodeFailedError(f"llama_decode answered {code}: {reason}")
         return self._view_logits(int(np.count_nonzero(self.wanted[:rows])))
 
@@ -203,7 +205,8 @@ class LlamaModel:
         self.forget(0, 0)
         others = range(1, min(self._capacity, 4))
         half = count // 2
-        self._decode_rows([(int(ids[i]), i, 0) for i in range(half)])
+        if half:
+            self._decode_rows([(int(ids[i]), i, 0) for i in range(half)])
         pieces = whole
         for i in range(half, count):
             # Company grows and goes again: 1, 2, 3, 4, 1 ... rows in a batch.

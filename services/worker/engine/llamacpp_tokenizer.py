@@ -2,8 +2,9 @@
 
 Only the vocabulary is loaded: some milliseconds and megabytes, no weights, no threads.
 
-Beginning of sequence. encode() adds nothing. Some models want their bos token before any prompt
-(adds_bos); a chat template often writes it itself. with_bos() puts it there exactly once.
+Beginning of sequence. encode() adds nothing. Some models were trained with their bos token before
+every prompt: adds_bos says so, and whoever makes prompts puts bos_id in front of those that do not
+begin with it already (many chat templates write it themselves).
 
 Never: computes with the model.
 """
@@ -15,7 +16,7 @@ import ctypes
 import re
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -125,12 +126,6 @@ class LlamaCppTokenizer:
         if token_id < 0:
             raise IndexError("a token id is not negative")
         return self._pieces[token_id]
-
-    def with_bos(self, ids: Sequence[int]) -> list[int]:
-        """Puts the bos token before a prompt, if the model wants it and it is not there yet."""
-        if self.bos_id is None or not self.adds_bos or (ids and ids[0] == self.bos_id):
-            return list(ids)
-        return [self.bos_id, *ids]
 
     def _tokenize(self, data: bytes, *, parse_special: bool) -> list[int]:
         # No tokeniser makes more tokens than bytes.

@@ -6,9 +6,9 @@
     then                  words, four ways: "word", " word", "Word", " Word"
 
 Encoding cuts text into pieces (a word with at most one space before it, a run of spaces, a run of
-anything else) and takes the longest token that is a whole piece; an unknown word is spelled in
-pairs of letters, everything else in bytes. Linear in the text: measured here, 1 MiB of English
-takes about 0.1 s and 1 MiB of one letter 10 ms (see the README of the worker).
+anything else) and takes the token that is a whole piece; an unknown word is spelled in pairs of
+letters, everything else in bytes. Linear in the text; for 1 MiB, on one core of a small machine:
+20 ms of one letter, 110 ms of English, 300 ms at worst (pieces of one character).
 """
 
 from __future__ import annotations

@@ -94,4 +94,4 @@ WORDS: tuple[str, ...] = tuple(
     """.split()  # noqa: SIM905 - a list of a thousand quoted words reads worse
 )
 
-SUFFIXES: tuple[str, ...] = ("s", "ed", "ing", "ly", "er", "est", "ness", "ment", "tion")
+SUFFIXES: tuple[str, ...] = ("s", "ed", "ing", "ly", "er", "est", "ness", "tion")

@@ -145,12 +145,11 @@ async def test_bad_names_are_refused(auth: Auth) -> None:
         assert caught.value.violations[0].rule is FieldRule.BAD_FORMAT
 
 
-@pytest.mark.parametrize("bad", ["", "A", "a", "1a", "a-", "a_b", "a" * 64])
-async def test_bad_ids_are_refused(auth: Auth, bad: str) -> None:
-    with pytest.raises(InvalidArgument) as caught:
-        await auth.create_organization(bad)
-
-    assert caught.value.metadata == {"field": "organization_id"}
+async def test_bad_ids_are_refused(auth: Auth) -> None:
+    for bad in ("", "A", "a", "1a", "a-", "a_b", "a" * 64):
+        with pytest.raises(InvalidArgument) as caught:
+            await auth.create_organization(bad)
+        assert caught.value.metadata == {"field": "organization_id"}, bad
 
 
 async def test_invented_page_token_is_refused(auth: Auth) -> None:

@@ -16,10 +16,12 @@ from libs.testing import FakeClock
 from services.worker.engine.base import EngineDied, StepBatch
 from services.worker.engine.sim import SimEngine
 from tests.integration.services.worker.harness import (
+    ABORT_WITHIN_S,
     CAPACITY,
     CONTEXT_LENGTH,
     MAX_WAITING,
     MODEL_VERSION,
+    PIECES,
     STEP_S,
     STEPWISE,
     TOKENIZER,
@@ -37,11 +39,11 @@ STOP = generation_pb2.FINISH_REASON_STOP_SEQUENCE
 USER = generation_pb2.ROLE_USER
 
 
-async def step(clock: FakeClock, gateway: Gateway) -> None:
+async def step(clock: FakeClock, gateway: Gateway, seconds: float = STEP_S) -> None:
     """One step of a STEPWISE engine, and the message that comes of it."""
     for _ in range(20):
         await asyncio.sleep(0)
-    clock.advance(STEP_S)
+    clock.advance(seconds)
     await gateway.read()
 
 
@@ -160,17 +162,19 @@ async def test_a_half_closed_stream_ends_well() -> None:
         assert await gateway.call.code() is grpc.StatusCode.OK
 
 
-async def test_stop_sequences_match_across_tokens() -> None:
+@pytest.mark.parametrize("cut", [1, 2])
+async def test_stop_sequences_match_across_tokens(cut: int) -> None:
     async with running_worker() as worker, worker.gateway() as gateway:
         whole = await gateway.run(execution(1, tokens=40))
-        words = whole.text.split(" ")
-        stop = f"{words[6][-1]} {words[7][:2]}"
+        # Begins in the middle of one token and ends in the middle of another.
+        pieces = [PIECES.texts[token_id] or "" for token_id in whole.token_ids]
+        stop = pieces[6][-cut:] + pieces[7] + pieces[8][:2]
 
         told = await gateway.run(execution(2, tokens=40, stops=["\ue000never", stop]))
 
-        assert told.text == whole.text[: whole.text.index(stop)] or told.text.endswith(words[6])
+        assert told.text == whole.text[: whole.text.index(stop)]
         assert told.end == generation_pb2.OutputEnd(reason=STOP, stop_sequence=stop)
-        assert len(told.token_ids) < len(whole.token_ids)
+        assert told.token_ids == whole.token_ids[:7]
         await eventually(lambda: is_free(worker))
 
 
@@ -347,6 +351,37 @@ async def test_when_the_engine_dies_everybody_is_told_and_the_process_fails() ->
             async with worker.gateway() as late:
                 await late.call.read()
         assert refused.value.reason == "WORKER_LOST"
+
+
+class Deaf(SimEngine):
+    """Does not hear that it should stop."""
+
+    def __init__(self, engine: SimEngine) -> None:
+        self.__dict__.update(engine.__dict__)
+
+    @override
+    def abort(self, lane: int) -> None:
+        pass
+
+
+async def test_an_engine_that_does_not_stop_what_was_aborted_counts_as_dead() -> None:
+    failures: list[BaseException] = []
+    clock = FakeClock()
+    engine = Deaf(make_engine(clock, STEPWISE))
+    async with (
+        running_worker(clock=clock, engine=engine, on_failure=failures.append) as worker,
+        worker.gateway() as gateway,
+    ):
+        await gateway.send(execution(1, tokens=400), execution(2, tokens=400))
+        await gateway.read()
+        await gateway.send(abort_lanes=[1])
+        await eventually(lambda: len(worker.executions._ending) == 1)
+
+        while gateway.told[2].ended is None:
+            await step(clock, gateway, ABORT_WITHIN_S / 4)
+
+        assert [told.reason for told in gateway.told.values()] == ["WORKER_LOST", "WORKER_LOST"]
+        assert [type(failure) for failure in failures] == [EngineDied]
 
 
 async def test_draining_finishes_what_runs_and_refuses_what_is_new() -> None:

@@ -10,6 +10,7 @@ from maas.engine.v1 import engine_pb2
 from maas.inference.v1 import generation_pb2
 
 from libs.errors import Code
+from services.worker.engine.base import EngineRequest
 from tests.integration.services.worker.harness import (
     CONTEXT_LENGTH,
     TOKENIZER,
@@ -184,6 +185,28 @@ async def test_an_execution_id_that_runs_is_refused_and_goes_on() -> None:
         assert dict(gateway.told[2].failure.metadata) == {"field": "execution_id"}
         assert len(gateway.told[1].token_ids) == 400
         await eventually(lambda: not worker.executions.running_ids())
+
+
+@pytest.mark.parametrize("text", ["short", "long " * 2000])
+async def test_a_defect_on_one_prompt_ends_only_that(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_worker() as worker, worker.gateway() as gateway:
+        admission = worker.executions._admission
+        request = admission.request
+
+        def make(asked: engine_pb2.Execution) -> EngineRequest:
+            if asked.lane == 1:
+                raise KeyError("a secret of mine")
+            return request(asked)
+
+        monkeypatch.setattr(admission, "request", make)
+        await gateway.send(execution(1, text=text), execution(2))
+        await gateway.until_ended(1, 2)
+
+        assert gateway.told[1].reason == "INTERNAL"
+        assert "secret" not in str(gateway.told[1].failure)
+        assert len(gateway.told[2].token_ids) == 5
 
 
 async def test_refusals_say_nothing_of_what_was_typed() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from maas.engine.v1 import engine_pb2
 
@@ -33,6 +33,7 @@ def unpack(events: engine_pb2.StepEvents) -> dict[int, tuple[list[int], str]]:
     return found
 
 
+@settings(deadline=None)
 @given(added=rows)
 async def test_a_message_has_one_row_for_each_lane_with_all_its_tokens(
     added: list[tuple[int, int, str]],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from maas.engine.v1 import engine_pb2
 from maas.inference.v1 import generation_pb2
@@ -68,6 +68,7 @@ contents = st.lists(
 ).map("".join)
 
 
+@settings(deadline=None)
 @given(turns=st.lists(contents, min_size=1, max_size=4))
 def test_what_users_type_never_becomes_a_control_token(turns: list[str]) -> None:
     conversation = [(USER if row % 2 == 0 else ASSISTANT, turn) for row, turn in enumerate(turns)]
@@ -110,7 +111,7 @@ def test_every_prompt_begins_with_the_models_first_token_once() -> None:
     (bos_id,) = TOKENIZER.encode("<|im_start|>", parse_special=True)
     made = builder(bos_id=bos_id)
 
-    assert list(made.build(engine_pb2.Execution(text="a")))[0] == bos_id
+    assert made.build(engine_pb2.Execution(text="a"))[0] == bos_id
     assert controls(list(made.build(chat((USER, "a"))))) == 3
     ids = generation_pb2.TokenIds(ids=[5])
     assert list(made.build(engine_pb2.Execution(tokens=ids))) == [5]
@@ -120,6 +121,8 @@ def test_only_long_inputs_are_made_elsewhere() -> None:
     assert is_short(engine_pb2.Execution(text="a" * SHORT_CHARACTERS_MAX))
     assert not is_short(engine_pb2.Execution(text="a" * (SHORT_CHARACTERS_MAX + 1)))
     assert is_short(chat((USER, "a"), (USER, "b")))
+    stop = generation_pb2.StopOptions(stop_sequences=["a" * 256] * 3)
+    assert not is_short(engine_pb2.Execution(text="a", stop=stop))
     assert not is_short(chat(*[(USER, "")] * 1000))
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.worker.stops import ROOT, StopMatcher, matcher_of
@@ -8,6 +8,7 @@ from services.worker.stops import ROOT, StopMatcher, matcher_of
 words = st.text("abc", min_size=1, max_size=5)
 
 
+@settings(deadline=None)
 @given(sequences=st.lists(words, min_size=1, max_size=5), text=st.text("abcd", max_size=30))
 def test_state_is_the_longest_end_with_which_a_sequence_begins(
     sequences: list[str], text: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.worker.stops import matcher_of
@@ -72,6 +72,7 @@ def collect(text: OutputText, token_ids: list[int]) -> tuple[list[Release], Show
     )
 
 
+@settings(deadline=None)
 @given(token_ids=tokens, sequences=stops)
 def test_all_together_equals_the_naive_reference(
     token_ids: list[int], sequences: tuple[str, ...]
@@ -81,6 +82,7 @@ def test_all_together_equals_the_naive_reference(
     assert shown == naive(token_ids, sequences)
 
 
+@settings(deadline=None)
 @given(token_ids=tokens, sequences=stops)
 def test_released_text_is_always_the_whole_text_of_the_released_tokens(
     token_ids: list[int], sequences: tuple[str, ...]
@@ -100,6 +102,7 @@ def test_released_text_is_always_the_whole_text_of_the_released_tokens(
         assert bool(release.token_ids) or not release.text
 
 
+@settings(deadline=None)
 @given(token_ids=tokens, sequences=stops)
 def test_no_more_is_held_than_needed(token_ids: list[int], sequences: tuple[str, ...]) -> None:
     text = OutputText(PIECES, matcher_of(sequences))
@@ -138,6 +141,7 @@ def decode(token_ids: list[int]) -> tuple[str, bool]:
     return whole, False
 
 
+@settings(deadline=None)
 @given(token_ids=tokens, sequences=stops, data=st.data())
 def test_another_worker_goes_on_as_the_first_would_have(
     token_ids: list[int], sequences: tuple[str, ...], data: st.DataObject

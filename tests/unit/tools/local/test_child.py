@@ -60,6 +60,9 @@ class Driver:
         if self.process is not None:
             self.process.kill()
             self.process.communicate()
+        # These have no leash: it is their parent's supervisor that ends them.
+        for pid in pids(self.folder, "grandchild"):
+            orphan.kill(pid)
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def test_version_is_the_start_of_the_digest(tmp_path: Path) -> None:
 
     got = read_model(path, tmp_path / "models.json")
 
-    assert got.version_name == f"models/llama-3-small-/versions/{digest[:12]}"
+    assert got.version_name == f"models/llama-3-small/versions/{digest[:12]}"
     assert got.digest == f"sha256:{digest}"
     assert got.chat_template == "{{ messages }}"
 

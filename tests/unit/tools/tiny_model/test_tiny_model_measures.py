@@ -123,6 +123,11 @@ def test_a_good_story_is_judged_good() -> None:
     assert verdict.consistent
 
 
+def test_a_polite_lead_is_not_part_of_the_story() -> None:
+    """The opening is the first paragraph after it."""
+    assert judge(FOX_IN_SNOW, "Of course!\n\n" + STORY).consistent
+
+
 def test_a_story_without_the_setting_is_off_topic() -> None:
     """Both words are needed."""
     assert not judge(FOX_IN_SNOW, STORY.replace("snow", "rain")).on_topic

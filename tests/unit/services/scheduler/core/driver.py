@@ -38,6 +38,7 @@ def settings(
     lease_s: float = 5.0,
     start_within_s: float = 5.0,
     queue_length_max: int = 10,
+    gather_s: float = 0.0,
     lost_kept_s: float = 600.0,
     lost_kept_max: int = 100,
 ) -> Settings:
@@ -45,6 +46,7 @@ def settings(
         lease_s=lease_s,
         start_within_s=start_within_s,
         queue_length_max=queue_length_max,
+        gather_s=gather_s,
         lost_kept_s=lost_kept_s,
         lost_kept_max=lost_kept_max,
     )
@@ -80,8 +82,8 @@ class Core:
     """The core under test. Workers are named without "workers/"."""
 
     def __init__(self, chosen: Settings | None = None) -> None:
-        self.state = State(chosen if chosen is not None else settings(), "test")
         self.now_s = 1000.0
+        self.state = State(chosen if chosen is not None else settings(), "test", self.now_s)
         self._epochs = itertools.count(1)
         self.epochs: dict[str, int] = {}
 

@@ -17,15 +17,18 @@ from tests.unit.services.scheduler.core.driver import (
 )
 
 
-def _worker(name: str, *, capacity: int = 4, used: int = 0, turn: int = 0) -> Worker:
-    core = Core()
-    core.register(name, capacity=capacity, running=tuple(f"{name}{n}" for n in range(used)))
-    worker = core.worker(name)
-    worker.granted_turn = turn
-    return worker
+def _ranked(core: Core, *excluded: str) -> list[str]:
+    names = frozenset(f"workers/{name}" for name in excluded)
+    found = placement.ranked(core.state, VERSION, names)
+    return [item.name.removeprefix("workers/") for item in found]
 
 
-def test_only_ready_workers_of_the_version_that_are_not_excluded_are_eligible() -> None:
+def _occupied(core: Core, name: str, *, capacity: int, used: int) -> None:
+    running = tuple(f"{name}{number}" for number in range(used))
+    core.register(name, capacity=capacity, running=running)
+
+
+def test_only_ready_workers_of_the_version_that_are_not_excluded_are_ranked() -> None:
     core = Core()
     core.register("ready")
     core.register("full", running=("x",))
@@ -36,10 +39,8 @@ def test_only_ready_workers_of_the_version_that_are_not_excluded_are_eligible() 
     core.register("other", versions=(OTHER_VERSION,))
     core.register("excluded")
 
-    got = placement.eligible(core.state, VERSION, frozenset({"workers/excluded"}))
-
-    assert [item.name for item in got] == ["workers/ready", "workers/full"]
-    assert placement.eligible(core.state, "models/none/versions/1", frozenset()) == []
+    assert _ranked(core, "excluded") == ["ready", "full"]
+    assert placement.ranked(core.state, "models/none/versions/1", frozenset()) == []
 
 
 @pytest.mark.parametrize(
@@ -55,21 +56,26 @@ def test_only_ready_workers_of_the_version_that_are_not_excluded_are_eligible() 
 def test_the_score_is_the_share_of_slots_and_a_quarter_of_the_share_of_cache(
     load: Load | None, want: float
 ) -> None:
-    worker = _worker("a", used=2)
+    core = Core()
+    _occupied(core, "a", capacity=4, used=2)
+    worker = core.worker("a")
     worker.load = load
 
     assert placement.score(worker) == want
 
 
-def test_the_least_loaded_worker_with_a_free_slot_is_picked() -> None:
-    full = _worker("full", capacity=1, used=1)
-    busy = _worker("busy", capacity=4, used=3)
-    idle = _worker("idle", capacity=2, used=1)
+def test_free_workers_come_first_then_the_least_loaded() -> None:
+    core = Core()
+    _occupied(core, "fuller", capacity=1, used=2)
+    _occupied(core, "full", capacity=1, used=1)
+    _occupied(core, "busy", capacity=4, used=3)
+    _occupied(core, "idle", capacity=2, used=1)
+    # Its slots make it look worse than the full one, but it has a free one.
+    core.load("busy", Load(kv_used_tokens=100, kv_total_tokens=100))
+    core.load("idle", Load(kv_used_tokens=50, kv_total_tokens=100))
 
-    assert placement.pick([full, busy, idle]) is idle
-    assert placement.pick([full, busy]) is busy
-    assert placement.pick([full]) is None
-    assert placement.pick([]) is None
+    assert placement.score(core.worker("busy")) == placement.score(core.worker("full"))
+    assert _ranked(core) == ["idle", "busy", "full", "fuller"]
 
 
 def test_a_big_worker_gets_its_share() -> None:
@@ -96,17 +102,15 @@ def test_idle_workers_take_turns() -> None:
     assert got == [f"workers/{name}" for name in "abcabc"]
 
 
-def test_fallbacks_are_the_others_free_ones_first_then_the_least_loaded() -> None:
-    chosen = _worker("chosen")
-    full = _worker("full", capacity=1, used=1)
-    fuller = _worker("fuller", capacity=1, used=2)
-    busy = _worker("busy", used=3)
-    idle = _worker("idle")
-    workers = [full, fuller, busy, chosen, idle]
+def test_fallbacks_are_the_next_three() -> None:
+    core = Core()
+    for number, name in enumerate(("e", "d", "c", "b", "a")):
+        _occupied(core, name, capacity=10, used=5 - number)
 
-    got = placement.fallbacks(workers, chosen, 3)
+    got = the_grant(core.ask("new"))
 
-    assert [item.endpoint for item in got] == ["idle:1", "busy:1", "full:1"]
+    assert got.target.worker == "workers/a"
+    assert [item.worker for item in got.fallbacks] == ["workers/b", "workers/c", "workers/d"]
 
 
 def test_a_target_says_how_to_reach_the_worker() -> None:

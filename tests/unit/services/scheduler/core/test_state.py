@@ -114,7 +114,7 @@ def test_damage_is_found(damage: Callable[[State], None], want: str) -> None:
 
 
 def test_slot_ids_differ_between_processes() -> None:
-    first, second = State(settings(), "one"), State(settings(), "two")
+    first, second = State(settings(), "one", 0.0), State(settings(), "two", 0.0)
     worker = _busy().worker("a")
 
     got = {state.add_slot(worker, "x", None).slot_id for state in (first, second)}

@@ -382,6 +382,40 @@ def test_an_execution_found_on_a_reconnecting_worker_leaves_its_new_slot() -> No
     assert (core.used("a"), core.used("b")) == (1, 0)
 
 
+def test_after_a_start_requests_wait_for_workers_to_come_back() -> None:
+    core = Core(settings(gather_s=3.0))
+    core.ask("e1")
+    core.ask("f1", version=OTHER_VERSION)
+    assert list(core.state.waiting) == ["e1", "f1"]
+
+    assert granted(core.register("a")) == {"e1": "a"}
+
+    core.tick_hearing_all(2.9)
+    assert list(core.state.waiting) == ["f1"]
+    assert refused(core.tick_hearing_all(0.1)) == {"f1": Refusal.NO_READY_WORKER}
+    assert refused(core.ask("f2", version=OTHER_VERSION)) == {"f2": Refusal.NO_READY_WORKER}
+
+
+def test_after_a_start_a_worker_that_is_lost_again_refuses_nobody_yet() -> None:
+    core = Core(settings(gather_s=3.0))
+    core.register("a")
+    core.ask("e1")
+    core.ask("e2")
+
+    assert core.lose("a") == []
+
+    assert granted(core.register("b")) == {"e2": "b"}
+
+
+def test_after_a_start_who_may_not_wait_is_refused_at_once() -> None:
+    core = Core(settings(gather_s=3.0))
+
+    assert refused(core.ask("e1", max_wait_s=0.0)) == {"e1": Refusal.NO_READY_WORKER}
+    core.register("a")
+    core.ask("e2")
+    assert refused(core.ask("e3", max_wait_s=0.0)) == {"e3": Refusal.QUEUE_TIMEOUT}
+
+
 def test_lost_workers_are_listed_for_a_while() -> None:
     core = Core(settings(lost_kept_s=60.0))
     core.register("a")

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.worker.engine.sim_tokenizer import CONTROL_TOKENS, SimTokenizer
@@ -13,11 +13,13 @@ def spell(token_ids: list[int]) -> str:
     return b"".join(TOKENIZER.token_bytes(token_id) for token_id in token_ids).decode()
 
 
+@settings(deadline=None)
 @given(text=st.text())
 def test_any_text_comes_back(text: str) -> None:
     assert spell(TOKENIZER.encode(text, parse_special=False)) == text
 
 
+@settings(deadline=None)
 @given(text=st.text(alphabet="the river, THE\n 12aß"))
 def test_texts_of_words_come_back(text: str) -> None:
     assert spell(TOKENIZER.encode(text, parse_special=True)) == text

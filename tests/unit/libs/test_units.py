@@ -1,0 +1,70 @@
+"""libs/units.py: the one rounding rule."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from math import ceil
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from libs.units import charge, charge_usage
+
+tokens = st.integers(0, 10**9)
+prices = st.integers(0, 10**15)
+
+
+@given(tokens, prices)
+def test_charge_is_the_exact_amount_rounded_up(count: int, price: int) -> None:
+    assert charge(count, price) == ceil(Fraction(count * price, 1_000_000))
+
+
+@given(tokens, tokens, prices)
+def test_splitting_a_line_never_costs_less_and_at_most_a_nano_more(
+    one: int, other: int, price: int
+) -> None:
+    whole = charge(one + other, price)
+    parts = charge(one, price) + charge(other, price)
+
+    assert whole <= parts <= whole + 1
+
+
+@given(tokens, prices)
+def test_more_tokens_never_cost_less(count: int, price: int) -> None:
+    assert charge(count, price) <= charge(count + 1, price)
+
+
+@pytest.mark.parametrize(
+    ("count", "price", "want"),
+    [
+        (0, 150_000_000, 0),
+        (1, 150_000_000, 150),
+        (1, 1, 1),
+        (1_000_000, 150_000_000, 150_000_000),
+        (3, 500_000, 2),
+        (2**40, 2**60, 2**100 // 10**6 + 1),
+    ],
+)
+def test_charge_of_known_amounts(count: int, price: int, want: int) -> None:
+    assert charge(count, price) == want
+
+
+@given(tokens, tokens, prices, prices)
+def test_generation_costs_the_sum_of_its_lines(
+    input_tokens: int, output_tokens: int, input_price: int, output_price: int
+) -> None:
+    got = charge_usage(
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        input_price=input_price,
+        output_price=output_price,
+    )
+
+    assert got == charge(input_tokens, input_price) + charge(output_tokens, output_price)
+
+
+@pytest.mark.parametrize(("count", "price"), [(-1, 1), (1, -1)])
+def test_negative_numbers_are_a_defect(count: int, price: int) -> None:
+    with pytest.raises(ValueError, match="not negative"):
+        charge(count, price)

@@ -1,0 +1,182 @@
+"""Messages to values and back."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from hypothesis import given
+from hypothesis import strategies as st
+from maas.engine.v1 import engine_pb2
+from maas.scheduler.v1 import placement_service_pb2, worker_pb2, worker_registry_service_pb2
+
+from libs.errors import InvalidArgument
+from services.scheduler import convert
+from services.scheduler.core.messages import (
+    DrainAsked,
+    EngineInfo,
+    ExecutionsReported,
+    Grant,
+    Load,
+    LoadReported,
+    Target,
+    WorkerHeard,
+)
+from tests.unit.services.scheduler.core.driver import VERSION, Core
+
+WORDS = st.text(st.characters(codec="utf-8"), max_size=10)
+UINT32 = st.integers(0, 2**32 - 1)
+UINT64 = st.integers(0, 2**64 - 1)
+INFOS = st.builds(
+    EngineInfo,
+    engine=WORDS,
+    engine_version=WORDS,
+    model_versions=st.lists(WORDS, unique=True).map(tuple),
+    context_length=UINT32,
+    max_running=UINT32,
+    max_waiting=UINT32,
+    vocabulary_size=UINT32,
+    digest=WORDS,
+)
+LOADS = st.builds(
+    Load,
+    running=st.none() | UINT32,
+    waiting=st.none() | UINT32,
+    waiting_tokens=st.none() | UINT64,
+    kv_used_tokens=st.none() | UINT64,
+    kv_total_tokens=st.none() | UINT64,
+)
+
+
+@given(INFOS)
+def test_what_a_worker_is_survives_the_round_trip(info: EngineInfo) -> None:
+    assert convert.info_from_pb(convert.info_to_pb(info)) == info
+
+
+@given(LOADS)
+def test_load_survives_the_round_trip(load: Load) -> None:
+    assert convert.load_from_pb(convert.load_to_pb(load)) == load
+
+
+def test_a_version_named_twice_counts_once() -> None:
+    info = convert.info_from_pb(engine_pb2.EngineInfo(model_versions=["b", "a", "b"]))
+
+    assert info.model_versions == ("b", "a")
+
+
+def _ask(**fields: object) -> placement_service_pb2.AcquireSlotRequest:
+    values: dict[str, object] = {"execution_id": "e1", "model_version": VERSION, **fields}
+    return placement_service_pb2.AcquireSlotRequest(**values)  # type: ignore[arg-type]  # any field
+
+
+@pytest.mark.parametrize(
+    ("max_wait", "want_s"),
+    [
+        (None, 30.0),
+        (Duration(), 0.0),
+        (Duration(seconds=2, nanos=500_000_000), 2.5),
+        (Duration(seconds=600), 55.0),
+    ],
+)
+def test_the_wait_has_a_default_and_a_bound(max_wait: Duration | None, want_s: float) -> None:
+    got = convert.ask_from_pb(_ask(max_wait=max_wait), wait_default_s=30.0, wait_max_s=55.0)
+
+    assert got.max_wait_s == want_s
+
+
+def test_a_request_is_read_whole() -> None:
+    request = _ask(project="projects/p", exclude_workers=["workers/a", "workers/a"])
+
+    got = convert.ask_from_pb(request, wait_default_s=1.0, wait_max_s=1.0)
+
+    assert (got.execution_id, got.model_version) == ("e1", VERSION)
+    assert (got.project, got.excluded) == ("projects/p", frozenset({"workers/a"}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model_version", "tiny"),
+        ("max_wait", Duration(seconds=-1)),
+        ("max_wait", Duration(nanos=-1)),
+    ],
+)
+def test_bad_requests_name_the_field(field: str, value: object) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        convert.ask_from_pb(_ask(**{field: value}), wait_default_s=1.0, wait_max_s=1.0)
+
+    assert caught.value.violations[0].field == field
+
+
+def test_a_slot_is_written_whole() -> None:
+    targets = [Target(worker=f"workers/{n}", endpoint=f"{n}:1", epoch=n) for n in range(3)]
+    grant = Grant(
+        execution_id="e1",
+        slot_id="s1",
+        target=targets[0],
+        fallbacks=tuple(targets[1:]),
+        queued_s=1.25,
+    )
+
+    got = convert.grant_to_pb(grant, Duration(seconds=5))
+
+    assert got.slot_id == "s1"
+    assert [got.target.worker, *(item.worker for item in got.fallbacks)] == [
+        "workers/0",
+        "workers/1",
+        "workers/2",
+    ]
+    assert (got.fallbacks[1].endpoint, got.fallbacks[1].epoch) == ("2:1", 2)
+    assert got.start_within.ToSeconds() == 5
+    assert got.queued.ToMilliseconds() == 1250
+
+
+def test_what_workers_say_is_told_apart() -> None:
+    request = worker_registry_service_pb2.ConnectRequest
+    report = worker_registry_service_pb2.ExecutionReport(
+        started_execution_ids=["e1"], ended_execution_ids=["e2", "e3"]
+    )
+
+    got = [
+        convert.heard_from_pb(message, "workers/a", 3)
+        for message in (
+            request(load=engine_pb2.LoadReport(running=1)),
+            request(executions=report),
+            request(drain=worker_registry_service_pb2.Drain()),
+            request(),
+        )
+    ]
+
+    assert got == [
+        LoadReported(worker="workers/a", epoch=3, load=Load(running=1)),
+        ExecutionsReported(worker="workers/a", epoch=3, started=("e1",), ended=("e2", "e3")),
+        DrainAsked(worker="workers/a", epoch=3),
+        WorkerHeard(worker="workers/a", epoch=3),
+    ]
+
+
+def test_registering_twice_is_refused() -> None:
+    message = worker_registry_service_pb2.ConnectRequest(
+        register=worker_registry_service_pb2.Register()
+    )
+
+    with pytest.raises(InvalidArgument):
+        convert.heard_from_pb(message, "workers/a", 3)
+
+
+def test_a_worker_is_written_with_wall_times() -> None:
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+    core = Core()
+    core.register("a", running=("e1",))
+    core.now_s += 2.0
+    core.drain("a")
+    worker = core.worker("a")
+
+    got = convert.worker_to_pb(worker, lambda moment_s: start + timedelta(seconds=moment_s))
+
+    assert got.state == worker_pb2.WORKER_STATE_DRAINING
+    assert got.slots_in_use == 1
+    assert not got.HasField("load")
+    assert got.connect_time.ToDatetime(UTC) == start + timedelta(seconds=1000)
+    assert got.last_heartbeat_time.ToDatetime(UTC) == start + timedelta(seconds=1002)
