@@ -42,9 +42,9 @@ async def main(config: Config) -> None:
         operations = KeyOperations(store, keys, hub, clock)
         if config.auth.bootstrap_admin_key_file is not None:
             await put_first_key(operations, config.auth.bootstrap_admin_key_file)
+        await operations.fill_table()
         background.start(poll_revision(hub, store.get_revision, clock), name="poll revision")
         background.start(operations.keep_table(), name="keep table")
-        await operations.table_filled()
         tenancy = tenancy_service_pb2.DESCRIPTOR.services_by_name["TenancyService"]
         server.add(TenancyService(store, clock), tenancy)
         api_keys = api_key_service_pb2.DESCRIPTOR.services_by_name["ApiKeyService"]

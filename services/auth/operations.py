@@ -5,7 +5,6 @@ Each change of a key leaves one audit event in the log, without any secret.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import Callable
 from contextlib import aclosing
@@ -67,7 +66,6 @@ class KeyOperations:
         self._hub = hub
         self._clock = clock
         self._random_bits = random_bits
-        self._filled = asyncio.Event()
 
     async def create(self, request: KeyRequest, actor: Actor) -> tuple[StoredKey, str]:
         """Makes a key; returns what is stored of it, and its secret, which is stored nowhere.
@@ -110,19 +108,19 @@ class KeyOperations:
                 pass
         return outcome
 
+    async def fill_table(self) -> None:
+        """Fills this process's table for the first time. Raises Unavailable."""
+        await self._follow_store(only_snapshot=True)
+
     async def keep_table(self) -> None:
         """Keeps this process's table fresh for ever. It ages while the database is away."""
         while True:
             try:
-                await self._follow_store()
+                await self._follow_store(only_snapshot=False)
             except Unavailable:
                 await self._clock.sleep_s(WATCH_POLL_S)
 
-    async def table_filled(self) -> None:
-        """Waits until the table is complete for the first time."""
-        await self._filled.wait()
-
-    async def _follow_store(self) -> None:
+    async def _follow_store(self, *, only_snapshot: bool) -> None:
         async with aclosing(changes(self._hub, self._store.list_keys_after)) as feed:
             is_complete = False
             async for item in feed:
@@ -130,7 +128,8 @@ class KeyOperations:
                 is_complete = is_complete or item.completes_snapshot
                 if is_complete:
                     self._table.touch(self._clock.monotonic_s())
-                    self._filled.set()
+                if is_complete and only_snapshot:
+                    return
 
     def _publish(self, stored: StoredKey) -> None:
         self._table.apply([stored.record])

@@ -27,7 +27,7 @@ OWN_MODEL = ROOT / "services" / "worker" / "models" / "maas-tiny-story.gguf"
 CAPACITY = 32
 STREAMS = (1, 8, 32)
 TOKENS = {
-    "sim": {1: 10_000, 8: 5_000, 32: 2_500},
+    "sim": {1: 8_000, 8: 5_000, 32: 2_500},
     "llamacpp": {1: 512, 8: 256, 32: 128},
 }
 FLAGS = {"sim": ["--engine", "sim", "--flat-out"], "llamacpp": []}

@@ -37,6 +37,7 @@ class Options:
         model: the GGUF file; None with the simulated engine.
         capacity: streams that a worker runs at the same time; None for the engine's default.
         workers: how many.
+        is_flat_out: the simulated GPU takes no time: for benchmarks of everything else.
         is_detached: return when ready, leave the suite running.
         ready_descriptor: file descriptor that is told when all is ready; None for none.
     """
@@ -47,6 +48,7 @@ class Options:
     model: Path | None
     capacity: int | None
     workers: int
+    is_flat_out: bool
     is_detached: bool
     ready_descriptor: int | None
 
@@ -84,6 +86,9 @@ def parse(arguments: Sequence[str]) -> Options:
     parser.add_argument("--model", type=Path, help="a GGUF file (our own small model)")
     parser.add_argument("--capacity", type=int, help="streams at the same time on each worker")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument(
+        "--flat-out", action="store_true", help="the simulated GPU takes no time"
+    )
     parser.add_argument("--detach", action="store_true", help="return when ready")
     parser.add_argument("--ready-descriptor", type=int, help=argparse.SUPPRESS)
     state_argument(parser)
@@ -93,6 +98,8 @@ def parse(arguments: Sequence[str]) -> Options:
         raise OptionError("a model file cannot be served by the simulated engine: drop one of them")
     if not 1 <= found.workers <= WORKERS_MAX:
         raise OptionError(f"--workers must be 1 to {WORKERS_MAX}")
+    if found.flat_out and engine != "sim":
+        raise OptionError("--flat-out is for the simulated engine: add --engine sim")
     if found.capacity is not None and found.capacity < 1:
         raise OptionError("--capacity must be 1 or more")
     return Options(
@@ -102,6 +109,7 @@ def parse(arguments: Sequence[str]) -> Options:
         model=None if engine == "sim" else _model_file(found.model),
         capacity=found.capacity,
         workers=found.workers,
+        is_flat_out=found.flat_out,
         is_detached=found.detach,
         ready_descriptor=found.ready_descriptor,
     )

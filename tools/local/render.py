@@ -14,6 +14,14 @@ from tools.local.options import Options
 from tools.local.place import DATABASE, METRICS_OFFSET, SERVICES, TEMPLATES, address
 
 
+_FLAT_OUT = (
+    "prefill_tokens_per_s = 0",
+    "prefill_chunk_tokens = 1048576",
+    'decode_base = "0ms"',
+    'decode_per_lane = "0ms"',
+)
+
+
 def quoted(text: str) -> str:
     """Makes a text fit between the quotes of a TOML string, which are those of JSON."""
     return json.dumps(text, ensure_ascii=False)[1:-1]
@@ -64,6 +72,8 @@ def _worker_values(name: str, options: Options, model: ServedModel) -> dict[str,
         optional.append(f'model_path = "{quoted(str(model.file))}"')
     if options.capacity is not None:
         optional.append(f"capacity = {options.capacity}")
+    if options.is_flat_out:
+        optional += ["", "[worker.sim]", *_FLAT_OUT]
     return {
         "name": name.replace("worker-", "w"),
         "listen": address(port),

@@ -216,10 +216,10 @@ async def running_auth(dsn: str) -> AsyncIterator[Auth]:
         chance = random.Random(dsn).getrandbits  # noqa: S311 - the same keys in every run
         operations = KeyOperations(store, keys, hub, clock, random_bits=chance)
         await operations.put_first(callers.admin)
+        await operations.fill_table()
         poll = poll_revision(hub, store.get_revision, SystemClock(), interval_s=POLL_S)
         background.start(poll, name="poll revision")
         background.start(operations.keep_table(), name="keep table")
-        await operations.table_filled()
         server = Server(ANY_PORT, callers.identity({WATCH: ["gateway"]}, keys), clock=clock)
         server.add(TenancyService(store, clock), TENANCY)
         server.add(ApiKeyService(store, operations), API_KEYS)
