@@ -86,9 +86,7 @@ def parse(arguments: Sequence[str]) -> Options:
     parser.add_argument("--model", type=Path, help="a GGUF file (our own small model)")
     parser.add_argument("--capacity", type=int, help="streams at the same time on each worker")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument(
-        "--flat-out", action="store_true", help="the simulated GPU takes no time"
-    )
+    parser.add_argument("--flat-out", action="store_true", help="the simulated GPU takes no time")
     parser.add_argument("--detach", action="store_true", help="return when ready")
     parser.add_argument("--ready-descriptor", type=int, help=argparse.SUPPRESS)
     state_argument(parser)

@@ -13,7 +13,6 @@ from tools.local.model import ServedModel
 from tools.local.options import Options
 from tools.local.place import DATABASE, METRICS_OFFSET, SERVICES, TEMPLATES, address
 
-
 _FLAT_OUT = (
     "prefill_tokens_per_s = 0",
     "prefill_chunk_tokens = 1048576",

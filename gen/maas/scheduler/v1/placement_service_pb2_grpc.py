@@ -54,7 +54,8 @@ class PlacementServiceServicer(object):
     def AcquireSlot(self, request, context):
         """Waits for a place on a worker. Repeating an execution_id returns the slot
         already given. Cancelling the call leaves the queue. Refused at once when no
-        worker serves the version, or when the queue is full.
+        worker serves the version, or when the queue is full; gateways decide about
+        the next attempt, so nothing is retried below them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,7 +36,8 @@ class PlacementServiceStub:
     AcquireSlot: _grpc.UnaryUnaryMultiCallable[_placement_service_pb2.AcquireSlotRequest, _placement_service_pb2.AcquireSlotResponse]
     """Waits for a place on a worker. Repeating an execution_id returns the slot
     already given. Cancelling the call leaves the queue. Refused at once when no
-    worker serves the version, or when the queue is full.
+    worker serves the version, or when the queue is full; gateways decide about
+    the next attempt, so nothing is retried below them.
     """
     ReleaseSlots: _grpc.UnaryUnaryMultiCallable[_placement_service_pb2.ReleaseSlotsRequest, _placement_service_pb2.ReleaseSlotsResponse]
     """Gives slots back that were not used, or whose worker cannot say so any more.
@@ -51,7 +52,8 @@ class PlacementServiceAsyncStub(PlacementServiceStub):
     AcquireSlot: _aio.UnaryUnaryMultiCallable[_placement_service_pb2.AcquireSlotRequest, _placement_service_pb2.AcquireSlotResponse]  # type: ignore[assignment]
     """Waits for a place on a worker. Repeating an execution_id returns the slot
     already given. Cancelling the call leaves the queue. Refused at once when no
-    worker serves the version, or when the queue is full.
+    worker serves the version, or when the queue is full; gateways decide about
+    the next attempt, so nothing is retried below them.
     """
     ReleaseSlots: _aio.UnaryUnaryMultiCallable[_placement_service_pb2.ReleaseSlotsRequest, _placement_service_pb2.ReleaseSlotsResponse]  # type: ignore[assignment]
     """Gives slots back that were not used, or whose worker cannot say so any more.
@@ -69,7 +71,8 @@ class PlacementServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_placement_service_pb2.AcquireSlotResponse, _abc.Awaitable[_placement_service_pb2.AcquireSlotResponse]]:
         """Waits for a place on a worker. Repeating an execution_id returns the slot
         already given. Cancelling the call leaves the queue. Refused at once when no
-        worker serves the version, or when the queue is full.
+        worker serves the version, or when the queue is full; gateways decide about
+        the next attempt, so nothing is retried below them.
         """
 
     @_abc_1.abstractmethod
