@@ -30,7 +30,7 @@ def generate(target: Path) -> None:
     sources = sorted(str(path.relative_to(PROTOS)) for path in PROTOS.rglob("*.proto"))
     scripts = Path(sysconfig.get_path("scripts"))
     well_known = importlib.resources.files("grpc_tools") / "_proto"
-    subprocess.run(  # noqa: S603 - arguments are ours
+    subprocess.run(
         [
             sys.executable,
             "-m",

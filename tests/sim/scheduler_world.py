@@ -344,6 +344,9 @@ class World:
             running=running,
         )
         self.after(delay_s, lambda: self.registered(stream, registration))
+        if self.has_faults and self.chance(0.1):
+            # The worker loses patience: its next registration may arrive before this one.
+            self.after(self.rng.uniform(0.0, delay_s), lambda: self.reconnect(worker))
         self.after(HEARTBEAT_S, lambda: self.heartbeat(stream))
         if worker.is_draining:
             self.send(stream, DrainAsked(worker=worker.name, epoch=epoch))
@@ -351,9 +354,11 @@ class World:
     def registered(self, stream: Stream, registration: Registration) -> None:
         if not stream.is_open or stream.is_deaf:
             return
+        before = self.state.workers.get(registration.worker)
         self.feed(WorkerRegistered(registration=registration, epoch=stream.epoch))
         known = self.state.workers[registration.worker]
-        self.claim(known.epoch >= stream.epoch, f"{known.name} went back to an older epoch")
+        epochs = [stream.epoch, *([before.epoch] if before is not None else [])]
+        self.claim(known.epoch == max(epochs), f"{known.name} has not its highest epoch")
         # Welcome: the worker refuses older epochs from now on.
         if stream.is_open:
             stream.worker.epoch = stream.epoch

@@ -5,10 +5,11 @@ on the event loop; the only work off it is waiting for a dead child.
 
 Exactness. A token is drawn from (logits, seed, output position). The default KV cache, keys in
 q8_0 and values in f16, makes llama.cpp compute attention for each row alone; with weights whose
-kernels do so, too (Q8_0 does, F16 and F32 do not), a lane's logits have the same bits alone and in
-company, in one prefill or continued after a death. Whether the loaded model is such is measured at
-start and told by EngineInfo.is_deterministic. Between kinds of CPU the last bits differ in any
-case, which only shows where two tokens are nearly tied.
+kernels do so, too (Q8_0 and Q4_0 do; F16, F32 and the K types do not), a lane's logits have the
+same bits alone and in company, in one prefill or continued after a death. Whether the loaded model
+is such is measured at start and told by EngineInfo.is_deterministic. Without it the last bits
+differ with the company, and a lane takes another token only where two are nearly tied. The same
+holds between kinds of CPU, in any case.
 
 Never: touches text, tokenises (LlamaCppTokenizer does), or keeps a finished lane.
 """

@@ -21,7 +21,6 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -60,7 +59,7 @@ class Link:
         self._connection = connection
         self._reader = FrameReader()
 
-    def receive(self, *, wait: bool) -> Iterator[tuple[Kind, bytes]]:
+    def receive(self, *, wait: bool) -> list[tuple[Kind, bytes]]:
         """Frames that have arrived; with wait, blocks for at least some bytes.
 
         Raises:
@@ -69,7 +68,7 @@ class Link:
         try:
             data = self._connection.recv(_RECEIVE_SIZE, 0 if wait else socket.MSG_DONTWAIT)
         except BlockingIOError:
-            return iter(())
+            return []
         except OSError as error:
             raise ParentGoneError from error
         if not data:
@@ -77,7 +76,7 @@ class Link:
         return self._reader.feed(data)
 
     def receive_one(self) -> bytes:
-        """Waits for the next frame, whatever its kind, and returns its body."""
+        """Waits for a frame that is the only one on its way, and returns its body."""
         while True:
             for _, body in self.receive(wait=True):
                 return body

@@ -40,7 +40,8 @@ _CAPACITY_MAX: Final = 256  # LLAMA_MAX_SEQ of this build.
 _UBATCH_MAX: Final = 512
 _GGUF_MAGIC: Final = b"GGUF"
 _EXACT_KV_DTYPE_K: Final = "q8_0"
-_PROBE_TOKENS: Final = 12
+_PROBE_TOKENS: Final = 8
+_PROBE_TOKENS_APART: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,31 +194,34 @@ class LlamaModel:
     def _probe(self) -> bool:
         """Warms up, and measures whether the company in a batch changes a lane's logits.
 
-        Computes one sequence at once, and again in pieces beside others. The weights' number
-        type decides: with Q8_0 every row is computed alike wherever it stands and all bits agree,
-        while F16 and F32 take other kernels for one row than for several. Short sequences cannot
-        show what attention does: with keys in f16 or f32 llama.cpp splits long ones by the shape
-        of the batch. With quantised keys it has a single way.
+        Computes a sequence in one piece, and its last tokens also alone and beside 1 to 3 others,
+        and compares the bits: some ten passes over the weights. Their number type decides: with
+        Q8_0 and Q4_0 every row is computed alike wherever it stands, while F16, F32 and the K types
+        take other kernels for one row than for several.
+
+        A short sequence cannot show what attention does, but that is known: with keys and values
+        in f16 or f32 llama.cpp splits long sequences by the shape of the batch; with quantised
+        keys it has a single way.
         """
         count = min(_PROBE_TOKENS, self.context_length, self._rows)
-        ids = np.arange(1, count + 1) * 7919 % self.vocabulary_size
-        whole = self._decode_rows([(int(ids[i]), i, 0) for i in range(count)])
+        ids = (np.arange(1, count + 1) * 7919 % self.vocabulary_size).tolist()
+        rows = [(token_id, position, 0) for position, token_id in enumerate(ids)]
+        whole = self._decode_rows(rows)
+        start = max(count - _PROBE_TOKENS_APART, 0)
+        is_exact = True
+        for others in range(min(self._capacity, 4)):
+            company = [(ids[0], 0, slot) for slot in range(1, others + 1)]
+            if not self.forget(0, start):
+                is_exact = False
+                break
+            pieces = whole
+            for row in rows[start:]:
+                pieces = self._decode_rows([row, *company])
+                for _, _, slot in company:
+                    self.forget(slot, 0)
+            is_exact = is_exact and pieces.tobytes() == whole.tobytes()
         self.forget(0, 0)
-        others = range(1, min(self._capacity, 4))
-        half = count // 2
-        if half:
-            self._decode_rows([(int(ids[i]), i, 0) for i in range(half)])
-        pieces = whole
-        for i in range(half, count):
-            # Company grows and goes again: 1, 2, 3, 4, 1 ... rows in a batch.
-            company = [slot for slot in others if slot <= (i - half) % 4]
-            pieces = self._decode_rows(
-                [(int(ids[i]), i, 0), *((int(ids[slot]), 0, slot) for slot in company)]
-            )
-            for slot in company:
-                self.forget(slot, 0)
-        self.forget(0, 0)
-        return pieces.tobytes() == whole.tobytes()
+        return is_exact
 
     def _decode_rows(self, rows: Sequence[tuple[int, int, int]]) -> Logits:
         """Computes (token, position, slot) rows; the logits of slot 0's last row, copied."""

@@ -17,7 +17,7 @@ import array
 import enum
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -103,19 +103,21 @@ class FrameReader:
     def __init__(self) -> None:
         self._rest = b""
 
-    def feed(self, data: bytes) -> Iterator[tuple[Kind, bytes]]:
-        """Takes what was received and yields the frames that are complete now."""
+    def feed(self, data: bytes) -> list[tuple[Kind, bytes]]:
+        """Takes what was received and returns the frames that are complete now."""
         if self._rest:
             data = self._rest + data
+        frames = []
         start = 0
         while len(data) - start >= _FRAME.size:
             length, kind = _FRAME.unpack_from(data, start)
             end = start + _FRAME.size + length
             if end > len(data):
                 break
-            yield Kind(kind), data[start + _FRAME.size : end]
+            frames.append((Kind(kind), data[start + _FRAME.size : end]))
             start = end
         self._rest = data[start:]
+        return frames
 
 
 def pack_control(kind: Kind, values: Mapping[str, Value]) -> bytes:
