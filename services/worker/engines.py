@@ -29,7 +29,6 @@ from services.worker.text import TokenPieces
 SIM_CAPACITY = 256
 SIM_CONTEXT_LENGTH = 8192
 LLAMACPP_CAPACITY = 8
-_FEW_CORES = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,11 +122,15 @@ def _llamacpp(config: WorkerSection) -> Equipment:
 
 
 def _default_threads() -> int:
-    """One for each core; with more than two, one core is left to everybody else."""
+    """One for each core but one, which is left to everybody else.
+
+    llama.cpp's threads wait for each other by spinning: with as many as there are cores, any other
+    process makes all of them several times slower.
+    """
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    return cores if cores <= _FEW_CORES else cores - 1
+    return max(1, cores - 1)
 
 
 async def probe(engine: Engine, within_s: float) -> None:

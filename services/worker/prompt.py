@@ -25,6 +25,8 @@ from services.worker.text import TokenPieces
 SHORT_CHARACTERS_MAX = 4096
 # Likewise for the automaton of stop sequences: 2 us and more for each character.
 STOP_CHARACTERS_MAX = 512
+# As much as a text prompt may have (generation.proto), and as tokenizers take at once.
+RENDERED_BYTES_MAX = 1024 * 1024
 
 _ROLES = {
     generation_pb2.ROLE_SYSTEM: "system",
@@ -118,7 +120,14 @@ class PromptBuilder:
                 metadata={"model": execution.model_version, "feature": "spec.chat"},
             )
         turns = [_turn(message) for message in execution.chat.messages]
-        ids = self._tokenizer.encode(self._template.render(turns), parse_special=True)
+        rendered = self._template.render(turns)
+        if len(rendered.encode("utf-8")) > RENDERED_BYTES_MAX:
+            raise invalid_field(
+                "spec.chat",
+                FieldRule.TOO_LONG,
+                f"is longer than {RENDERED_BYTES_MAX} bytes with the chat template",
+            )
+        ids = self._tokenizer.encode(rendered, parse_special=True)
         scaffold = self._template.render(
             [
                 # An empty content stays empty: templates ask for that.

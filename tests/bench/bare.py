@@ -7,22 +7,23 @@ Runs the load twice, the first to warm up, and prints the second as JSON.
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import uvloop
-from services.worker.engine.llamacpp import LlamaCppEngine
 
 from libs.clock import SystemClock
 from services.worker.engine.base import Engine, EngineRequest, Sampling
+from services.worker.engine.llamacpp import LlamaCppEngine
 from services.worker.engine.sim import FLAT_OUT, SimEngine
 from services.worker.engine.sim_tokenizer import SimTokenizer
 from tests.bench.measure import Measurement
 
 PROMPT_IDS = tuple(range(300, 332))
-THREADS = 2
+THREADS = max(1, (os.cpu_count() or 1) - 1)
 
 
 def make(engine: str, model: Path, capacity: int) -> Engine:

