@@ -46,7 +46,7 @@ class PostgresCluster:
 
     cluster: cluster.Cluster
     passwords: dict[str, str]
-    strategy: str
+    strategy: str = "WAL_LOG"
     templates: set[str] = dataclasses.field(default_factory=set)
     numbers: Iterator[int] = dataclasses.field(default_factory=lambda: itertools.count(1))
 

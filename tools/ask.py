@@ -78,6 +78,9 @@ def main() -> int:
     except FileNotFoundError:
         sys.stderr.write("ask: there is no suite yet: make run\n")
         return 1
+    except BrokenPipeError:
+        # The reader has seen enough; nothing more can be said to it.
+        sys.stdout = None
     except grpc.aio.AioRpcError as error:
         sys.stderr.write(f"ask: {error.code().name}: {error.details()}\n")
         return 1

@@ -31,7 +31,10 @@ _AWAY = (
     asyncpg.CannotConnectNowError,
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
-    asyncpg.TooManyConnectionsError,
+    # Too many connections, no memory, no space on the disk.
+    asyncpg.InsufficientResourcesError,
+    # This process stood still inside a transaction, and the server gave up on it.
+    asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.InterfaceError,
     # What the caller meant is unknown to the server now; repeating it is safe by design.
     asyncpg.SerializationError,

@@ -67,11 +67,14 @@ async def changes(
         chunk_size: most items of a response.
 
     Raises:
-        Unavailable: the store is away; the watcher has to start again.
+        Unavailable: the store is or was away; the watcher has to start again.
     """
+    epoch = hub.epoch
     seen = 0
     is_complete = False
     while True:
+        if hub.epoch != epoch:
+            raise Unavailable("the watch has to start again")
         # Before the reading: a change that comes while it runs ends the wait below at once.
         version = hub.version
         items = await read_after(seen, chunk_size)
@@ -92,17 +95,21 @@ async def poll_revision(
 ) -> None:
     """Pokes the hub for ever when another process of the service has changed something.
 
-    A database that is away only delays the next look: watchers find out by themselves.
+    A database that comes back, or whose revision went back, may have lost changes that watchers
+    have seen (a failover, a restored backup): then all of them have to start again.
     """
-    known: int | None = None
+    known = 0
+    was_away = False
     while True:
         try:
             revision = await read_revision()
         except Unavailable:
-            # The watchers of before the outage are gone or will be; nobody has to be woken.
-            pass
+            was_away = True
         else:
-            if revision != known:
+            if was_away or revision < known:
+                hub.restart()
+            elif revision != known:
                 hub.poke()
             known = revision
+            was_away = False
         await clock.sleep_s(interval_s)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -19,9 +21,17 @@ async def key_table(config: ServiceConfig, auth: AuthSection) -> AsyncIterator[K
     """Gives a table of API keys that the auth service keeps fresh in the background."""
     table = KeyTable()
     credential = read_secret(config.identity.token_file)
-    async with Peer(auth.endpoint, credential, SERVICES) as peer, Background() as background:
+    async with (
+        Peer(auth.endpoint, credential, SERVICES) as peer,
+        Background(_end_process) as background,
+    ):
         background.start(follow_keys(peer, table, SystemClock()), name="follow keys")
         yield table
+
+
+def _end_process(_: BaseException) -> None:
+    """Ends the process as SIGTERM would: without fresh keys it could only refuse everybody."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def start_metrics(config: ServiceConfig) -> None:

@@ -47,6 +47,7 @@ class Hub:
 
     def __init__(self) -> None:
         self._version = 0
+        self._epoch = 0
         self._changed = asyncio.Event()
 
     @property
@@ -54,11 +55,21 @@ class Hub:
         """Grows with every poke."""
         return self._version
 
+    @property
+    def epoch(self) -> int:
+        """Grows with every restart."""
+        return self._epoch
+
     def poke(self) -> None:
         """Says that something has changed."""
         self._version += 1
         self._changed.set()
         self._changed = asyncio.Event()
+
+    def restart(self) -> None:
+        """Says that what was read before may be gone: watchers have to start again."""
+        self._epoch += 1
+        self.poke()
 
     async def wait(self, seen: int, timeout_s: float) -> int:
         """Waits until the version is above `seen`, or for the time; returns the version."""

@@ -8,7 +8,6 @@ from datetime import datetime
 from maas.catalog.v1 import model_pb2, model_service_pb2, offering_service_pb2
 
 from libs import ids
-from libs.errors import FieldRule, invalid_field
 from services.catalog.domain import (
     OUTPUT_TOKENS_DEFAULT,
     BoundOffering,
@@ -20,7 +19,6 @@ from services.catalog.domain import (
 MODEL_NAME = "models/*"
 VERSION_NAME = "models/*/versions/*"
 OFFERING_NAME = "offerings/*"
-DISPLAY_NAME_BYTES_MAX = 128
 
 
 def model_from_pb(request: model_service_pb2.CreateModelRequest, now: datetime) -> Model:
@@ -92,7 +90,6 @@ def offering_from_pb(
     model_id, version_id = ids.parse_name(
         message.model_version, VERSION_NAME, field="offering.model_version"
     )
-    _check_text(message.display_name, DISPLAY_NAME_BYTES_MAX, field="offering.display_name")
     return Offering(
         offering_id=request.offering_id,
         display_name=message.display_name,
@@ -106,14 +103,6 @@ def offering_from_pb(
         default_top_k=message.default_top_k if message.HasField("default_top_k") else None,
         create_time=now,
     )
-
-
-def _check_text(text: str, most: int, *, field: str) -> None:
-    # The contract gives this limit in words only.
-    if "\0" in text:
-        raise invalid_field(field, FieldRule.BAD_FORMAT, "must not contain NUL")
-    if len(text.encode()) > most:
-        raise invalid_field(field, FieldRule.TOO_LONG, f"is longer than {most} bytes")
 
 
 def offering_to_pb(bound: BoundOffering) -> model_pb2.Offering:

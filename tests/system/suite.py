@@ -29,6 +29,7 @@ from maas.inference.v1 import generation_service_pb2 as generations
 from maas.inference.v1.generation_service_pb2_grpc import GenerationServiceStub
 
 from libs import errors, rpc
+from libs.postgres import cluster
 from tools.local import guard, orphan, probe
 from tools.local.place import METRICS_OFFSET, Ports, State
 
@@ -135,6 +136,8 @@ def new_suite() -> Iterator[Suite]:
         yield suite
     finally:
         suite.stop()
+        if (root / "postgres").exists():
+            cluster.place(root).destroy()
         shutil.rmtree(root)
 
 

@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="start from the weights of the run")
     train.add_argument("--flat", type=float, default=0.3, help="share before the rates fall")
     train.add_argument("--rate", type=float, default=1.0, help="share of the peak rates")
+    train.add_argument("--longest", type=int, default=1024, help="tokens of a document")
     train.add_argument("--batch-tokens", type=int, default=2048)
     train.add_argument("--threads", type=int, default=2)
     train.add_argument("--seed", type=int, default=1)
@@ -80,6 +81,7 @@ def _train(folder: Path, arguments: argparse.Namespace) -> None:
         resume=arguments.resume,
         flat=arguments.flat,
         rate=arguments.rate,
+        longest=arguments.longest,
         batch_tokens=arguments.batch_tokens,
         threads=arguments.threads,
         seed=arguments.seed,

@@ -56,13 +56,11 @@ def _kind(row: list[str]) -> Kind:
 KINDS: tuple[Kind, ...] = tuple(_kind(row) for row in read_rows("kinds"))
 
 BOY_NAMES: tuple[str, ...] = (
-    "Pip", "Toby", "Oscar", "Finn", "Milo", "Hugo", "Ben", "Jasper", "Theo", "Sam", "Barney",
-    "Otto", "Felix", "Max", "Leo", "Tom", "Rufus", "Ned", "Kofi", "Arun", "Emil", "Bruno",
-    "Ivo", "Jack", "Basil",
+    "Pip", "Toby", "Oscar", "Finn", "Milo", "Hugo", "Jasper", "Barney", "Otto", "Felix", "Tom",
+    "Rufus", "Ned", "Kofi", "Arun", "Emil", "Bruno", "Ivo",
 )  # fmt: skip
 
 GIRL_NAMES: tuple[str, ...] = (
-    "Mina", "Rosie", "Lily", "Tilly", "Hazel", "Ruby", "Daisy", "Nora", "Poppy", "Ella", "Maya",
-    "Ivy", "Clara", "Luna", "Amara", "Suki", "Willow", "Mabel", "Freya", "Anya", "Lotta", "Zora",
-    "Bella", "Grace", "Wren",
+    "Mina", "Rosie", "Lily", "Tilly", "Hazel", "Ruby", "Daisy", "Nora", "Poppy", "Maya", "Luna",
+    "Amara", "Suki", "Willow", "Mabel", "Freya", "Anya", "Lotta", "Zora", "Bella", "Grace",
 )  # fmt: skip

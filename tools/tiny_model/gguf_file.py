@@ -62,10 +62,7 @@ def write_model(path: Path, network: Network, tokenizer: Tokenizer, precision: P
 
 
 def named_tensors(network: Network) -> Weights:
-    """Return the weights under llama.cpp's names, each (outputs, inputs), in a fixed order.
-
-    There is no output matrix: where it is absent, llama.cpp uses the embedding.
-    """
+    """Return the weights under llama.cpp's names, each (outputs, inputs), in a fixed order."""
     state = {name: value.detach().float().numpy() for name, value in network.state_dict().items()}
     shape = network.shape
     tensors = {"token_embd.weight": state["embedding.weight"]}
@@ -84,7 +81,10 @@ def named_tensors(network: Network) -> Weights:
             f"{target}.ffn_up.weight": state[f"{block}.feed_forward.up.weight"],
             f"{target}.ffn_down.weight": state[f"{block}.feed_forward.down.weight"],
         }
-    return tensors | {"output_norm.weight": state["norm.weight"]}
+    return tensors | {
+        "output_norm.weight": state["norm.weight"],
+        "output.weight": state["head.weight"],
+    }
 
 
 def as_neighbours(matrix: NDArray[np.float32], heads: int) -> NDArray[np.float32]:

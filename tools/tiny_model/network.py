@@ -1,7 +1,7 @@
 """The network: a small Llama in torch, just what training and the export need.
 
 Pre-norm blocks with RMS norm, grouped-query attention with rotary positions, SwiGLU, and an output
-that shares the embedding. Rotary pairs are (i, i + half), which a CPU can do on whole slices; the
+matrix of its own. Rotary pairs are (i, i + half), which a CPU can do on whole slices; the
 export reorders them to the neighbours that llama.cpp wants. It never samples and keeps no cache.
 """
 
@@ -125,19 +125,25 @@ class Network(nn.Module):
         self.embedding = nn.Embedding(shape.vocabulary, shape.width)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.width, eps=shape.norm_epsilon)
+        self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
         cosine, sine = rotary_tables(shape)
         self.register_buffer("cosine", cosine, persistent=False)
         self.register_buffer("sine", sine, persistent=False)
         self._initialise()
 
     def _initialise(self) -> None:
-        """Draw normal weights; what writes into the stream is scaled by the number of writers."""
+        """Draw normal weights; what writes into the stream is scaled by the number of writers.
+
+        The embedding starts large: two names are alike in all but their first random numbers, and
+        with a small start what they have in common soon drowns what tells them apart.
+        """
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 continue
             writes = name.endswith(("attention.output.weight", "down.weight"))
             deviation = 0.02 / (2 * self.shape.layers) ** 0.5 if writes else 0.02
             nn.init.normal_(parameter, std=deviation)
+        nn.init.normal_(self.embedding.weight, std=1.0)
 
     @override
     def forward(self, token_ids: Tensor) -> Tensor:
@@ -152,7 +158,8 @@ class Network(nn.Module):
 
     def logits(self, stream: Tensor) -> Tensor:
         """Return the scores of the next token: (..., width) to (..., vocabulary)."""
-        return functional.linear(stream, self.embedding.weight)
+        scores: Tensor = self.head(stream)
+        return scores
 
 
 def rotary_tables(shape: Shape) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ class Cache:
 
 
 class ReferenceModel:
-    """A model read from a GGUF file; it knows the llama architecture with a shared embedding."""
+    """A model read from a GGUF file; it knows the llama architecture only."""
 
     def __init__(self, path: Path) -> None:
         reader = gguf.GGUFReader(path)
@@ -71,13 +71,12 @@ class ReferenceModel:
 
     def forward(self, token_ids: Ids, cache: Cache) -> Floats:
         """Append `token_ids`, int64 (rows, count), and return logits (rows, count, vocabulary)."""
-        embedding = self._weights["token_embd.weight"]
-        stream = embedding[token_ids]
+        stream = self._weights["token_embd.weight"][token_ids]
         for layer in range(self.layers):
             stream = stream + self._attention(layer, stream, cache)
             stream = stream + self._feed_forward(layer, stream)
         cache.length += token_ids.shape[1]
-        logits: Floats = self._norm("output_norm", stream) @ embedding.T
+        logits: Floats = self._norm("output_norm", stream) @ self._weights["output.weight"].T
         return logits
 
     def _attention(self, layer: int, stream: Floats, cache: Cache) -> Floats:

@@ -35,12 +35,15 @@ class Recipe:
         until: Number of updates that are made; a stage may be cut short, for one with another end.
         resume: Whether to start from the weights of the run, not from new ones.
         flat: Share of the steps before the rates begin to fall to zero.
+        longest: Documents of more tokens than this are left out; short ones, where names come up
+            again at once, teach to look back much sooner than long ones.
         batch_tokens: Padded tokens in a batch, at most.
         batches: Batches of an update. A batch holds documents of one length, so an update takes
             more than one, to see short answers and long stories together.
         rate: Share of the peak rates that this stage reaches.
         matrix_rate: Peak learning rate of the matrices (Muon).
-        vector_rate: Peak learning rate of embedding and norms (AdamW).
+        vector_rate: Peak learning rate of the output matrix and the norms (AdamW).
+        embedding_rate: Peak learning rate of the embedding (AdamW).
         warmup: Updates until the rates are at their peak.
         seed: Fixes the first weights and the order.
         threads: Threads of torch.
@@ -51,11 +54,13 @@ class Recipe:
     until: int
     resume: bool = False
     flat: float = 0.3
-    batch_tokens: int = 3072
+    longest: int = 1024
+    batch_tokens: int = 2048
     batches: int = 2
     rate: float = 1.0
     matrix_rate: float = 0.01
     vector_rate: float = 0.002
+    embedding_rate: float = 0.01
     warmup: int = 40
     seed: int = 1
     threads: int = 2
@@ -71,7 +76,11 @@ def train(folder: Path, recipe: Recipe, shape: Shape) -> Network:
     torch.set_num_threads(recipe.threads)
     torch.use_deterministic_algorithms(mode=True)
     tokenizer = load_tokenizer(folder / "tokenizer.json")
-    documents = load_documents(folder / "corpus.jsonl", tokenizer, shape)
+    documents = [
+        document
+        for document in load_documents(folder / "corpus.jsonl", tokenizer, shape)
+        if len(document.token_ids) <= recipe.longest
+    ]
     network = load_network(folder).train() if recipe.resume else Network(shape)
     _say(f"{sum(p.numel() for p in network.parameters())} parameters, {len(documents)} documents")
     optimizers = _optimizers(network, recipe)
@@ -80,7 +89,7 @@ def train(folder: Path, recipe: Recipe, shape: Shape) -> Network:
     started = time.perf_counter()
     heavy = token_weights([tokenizer.decode([number]) for number in range(shape.vocabulary)])
     batches = _endless(documents, heavy, recipe)
-    seen, recent = 0, 0.0
+    seen, recent = 0, np.zeros(2)
     for step in range(min(recipe.steps, recipe.until)):
         chosen = [next(batches) for _ in range(recipe.batches)]
         loss = _update(network, chosen, optimizers, _rate(step, recipe), recipe)
@@ -89,7 +98,10 @@ def train(folder: Path, recipe: Recipe, shape: Shape) -> Network:
         if step % 25 == 0 or step + 1 == min(recipe.steps, recipe.until):
             torch.save(network.state_dict(), folder / "weights.pt")
             seconds = time.perf_counter() - started
-            _say(f"step {step} loss {recent:.4f} tokens {seen} seconds {seconds:.0f}")
+            _say(
+                f"step {step} loss {recent[0]:.4f}, of names and topics {recent[1]:.4f}, "
+                f"tokens {seen}, seconds {seconds:.0f}"
+            )
     return network
 
 
@@ -113,8 +125,8 @@ def load_documents(path: Path, tokenizer: Tokenizer, shape: Shape) -> list[Encod
     return [encode(document, encoder, shape.context) for document in documents]
 
 
-def document_loss(network: Network, batch: Batch) -> Tensor:
-    """Return the weighted sum of the cross entropies of the learned tokens, in nats."""
+def document_losses(network: Network, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the cross entropies, in nats, and the weights of the learned tokens, each (n,)."""
     token_ids = torch.from_numpy(batch.token_ids)
     weights = torch.from_numpy(batch.weights)[:, 1:]
     learned = weights > 0
@@ -122,7 +134,7 @@ def document_loss(network: Network, batch: Batch) -> Tensor:
     # Only learned positions go through the output matrix: it is a tenth of the work.
     scores = network.logits(stream[learned])
     losses = functional.cross_entropy(scores.float(), token_ids[:, 1:][learned], reduction="none")
-    return (losses * weights[learned]).sum()
+    return losses, weights[learned]
 
 
 def _update(
@@ -131,35 +143,41 @@ def _update(
     optimizers: list[torch.optim.Optimizer],
     rate: float,
     recipe: Recipe,
-) -> float:
-    """Make one step and return the weighted mean of the loss before it, in nats per token."""
+) -> NDArray[np.float64]:
+    """Make one step; return the mean loss before it, of light and of heavy tokens, in nats."""
     weight = sum(float(batch.weights[:, 1:].sum()) for batch in batches)
-    total = 0.0
+    sums = np.zeros(4)
     for batch in batches:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
-            loss = document_loss(network, batch) / weight
-        torch.autograd.backward(loss)
-        total += loss.item()
+            losses, weights = document_losses(network, batch)
+        torch.autograd.backward((losses * weights).sum() / weight)
+        heavy = weights > 1
+        for place, chosen in enumerate((losses[~heavy], losses[heavy])):
+            sums[2 * place : 2 * place + 2] += chosen.sum().item(), chosen.numel()
     torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return total
+    means: NDArray[np.float64] = sums[::2] / np.maximum(sums[1::2], 1)
+    return means
 
 
 def _optimizers(network: Network, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    matrices = [p for p in network.blocks.parameters() if p.ndim == 2]  # noqa: PLR2004
-    chosen = {id(p) for p in matrices}
-    vectors = [p for p in network.parameters() if id(p) not in chosen]
+    matrices = [p for p in network.blocks.parameters() if p.ndim > 1]
+    norms = [p for p in network.parameters() if p.ndim == 1]
+    groups = [
+        {"params": [*norms, network.head.weight], "lr": recipe.vector_rate},
+        {"params": [network.embedding.weight], "lr": recipe.embedding_rate},
+    ]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.Muon(matrices, lr=recipe.matrix_rate, weight_decay=0.01, momentum=0.95),
-        torch.optim.AdamW(vectors, lr=recipe.vector_rate, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-    for optimizer, peak in zip(optimizers, (recipe.matrix_rate, recipe.vector_rate), strict=True):
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["peak"] = peak
+            group["peak"] = group["lr"]
     return optimizers
 
 

@@ -128,7 +128,7 @@ class Offering(_message.Message):
     part.
     """
     display_name: _builtins.str
-    """Name for people, at most 128 bytes."""
+    """Name for people."""
     model_version: _builtins.str
     """"models/{model}/versions/{version}" that serves it."""
     default_max_output_tokens: _builtins.int

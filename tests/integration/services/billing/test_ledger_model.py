@@ -141,7 +141,7 @@ class Histories(RuleBasedStateMachine):
 
         self.both(real(), lambda: self.reference.post(name, amount))
 
-    @rule(slice_id=SLICES, name=ACCOUNTS, required=st.integers(0, 60), wanted=st.integers(20, 200))
+    @rule(slice_id=SLICES, name=ACCOUNTS, required=st.integers(0, 60), wanted=st.integers(10, 90))
     def acquire(self, slice_id: str, name: str, required: int, wanted: int) -> None:
         async def real() -> int:
             acquired = await self.real.slices.acquire(
@@ -268,7 +268,7 @@ def test_ledger_does_what_the_reference_does(postgres_cluster: PostgresCluster) 
                 Machine,
                 settings=settings(
                     max_examples=50,
-                    stateful_step_count=25,
+                    stateful_step_count=40,
                     deadline=None,
                     derandomize=True,
                     database=None,

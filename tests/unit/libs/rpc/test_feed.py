@@ -166,14 +166,50 @@ async def test_poll_wakes_watchers_only_when_something_changed(
     assert hub.version == version + 1
 
 
-async def test_poll_survives_an_outage(hub: Hub, polled: tuple[Store, FakeClock]) -> None:
+async def test_watchers_start_again_after_an_outage(
+    hub: Hub, polled: tuple[Store, FakeClock]
+) -> None:
     store, clock = polled
-    version = hub.version
+    async with following(hub, store) as feed:
+        await anext(feed)
+        store.is_away = True
+        await look(clock)
+        store.is_away = False
+
+        await look(clock)
+
+        with pytest.raises(Unavailable):
+            await anext(feed)
+    async with following(hub, store) as feed:
+        assert (await anext(feed)).completes_snapshot
+
+
+async def test_watchers_start_again_when_changes_were_lost(
+    hub: Hub, polled: tuple[Store, FakeClock]
+) -> None:
+    store, clock = polled
+    store.change("lost")
+    await look(clock)
+    async with following(hub, store) as feed:
+        await anext(feed)
+        store.items.clear()
+        store.revision = 0
+
+        await look(clock)
+
+        with pytest.raises(Unavailable):
+            await anext(feed)
+
+
+async def test_outage_does_not_end_the_poll(hub: Hub, polled: tuple[Store, FakeClock]) -> None:
+    store, clock = polled
     store.is_away = True
     await look(clock)
-    store.change("meanwhile")
     store.is_away = False
+    await look(clock)
+    version = hub.version
 
+    store.change("by another process")
     await look(clock)
 
     assert hub.version == version + 1

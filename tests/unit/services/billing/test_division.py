@@ -103,6 +103,16 @@ def test_slice_pays() -> None:
     assert got.late == []
 
 
+def test_settlements_of_a_batch_share_what_the_slice_has() -> None:
+    got = divided([30, 40], posted=100, held=60, found=slice_of(60))
+
+    assert got.consumed == {"s": 60}
+    assert got.posted_taken == {"acme": 70}
+    assert got.held_taken == {"acme": 60}
+    assert got.late == got.records[1:]
+    assert [record.shortfall for record in got.records] == [0, 0]
+
+
 def test_numbers_follow_the_head() -> None:
     got = divided([30, 0, 20], posted=100, held=60, found=slice_of(60))
 
