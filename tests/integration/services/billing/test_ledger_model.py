@@ -268,7 +268,7 @@ def test_ledger_does_what_the_reference_does(postgres_cluster: PostgresCluster) 
                 Machine,
                 settings=settings(
                     max_examples=50,
-                    stateful_step_count=40,
+                    stateful_step_count=30,
                     deadline=None,
                     derandomize=True,
                     database=None,
