@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -63,6 +64,9 @@ class SettlementStore:
     def __init__(self, database: Database, *, lease_s: float) -> None:
         self._database = database
         self._lease = timedelta(seconds=lease_s)
+        # Batches wait for the head of the ledger anyway. Waiting here costs no connection, so
+        # that slices can be acquired meanwhile.
+        self._turn = asyncio.Lock()
 
     async def settle(
         self, settlements: Sequence[Settlement], slice_ids: Collection[str], now: datetime
@@ -83,7 +87,7 @@ class SettlementStore:
         named = {*slice_ids, *(item.slice_id for item in settlements)}
         amounts = await self._price(settlements)
         division = Division()
-        async with self._database.transaction() as connection:
+        async with self._turn, self._database.transaction() as connection:
             if settlements:
                 division = await self._settle_new(connection, settlements, amounts, named, now)
             else:
@@ -148,18 +152,19 @@ class SettlementStore:
                 "SELECT EXISTS (SELECT FROM account WHERE account_id = $1)", account_id
             ):
                 raise not_found(account_name(account_id))
-            rows = await connection.fetch(
-                f"""
-                {_RECORD}
-                 WHERE account_id = $1 AND number > $2 AND ($3 = '' OR generation_id = $3)
-                 ORDER BY number
-                 LIMIT $4
-                """,
-                account_id,
-                after,
-                generation_id,
-                page.read_size,
-            )
+            if generation_id:
+                rows = await connection.fetch(
+                    f"{_RECORD} WHERE account_id = $1 AND generation_id = $2",
+                    account_id,
+                    generation_id,
+                )
+            else:
+                rows = await connection.fetch(
+                    f"{_RECORD} WHERE account_id = $1 AND number > $2 ORDER BY number LIMIT $3",
+                    account_id,
+                    after,
+                    page.read_size,
+                )
         return [_record_from_row(row) for row in rows]
 
 

@@ -10,7 +10,7 @@ from maas.billing.v1 import ledger_pb2
 from maas.billing.v1 import usage_service_pb2 as usage_pb
 
 from libs.errors import InvalidArgument, NotFound, Reason
-from tests.integration.services.billing.world import Billing, Client, settlement
+from tests.integration.services.billing.world import Billing, Client, running, settlement
 
 
 async def entries(
@@ -158,7 +158,7 @@ async def test_page_tokens_that_are_not_ours(billing: Billing, token: str) -> No
 
 
 async def test_pages_skip_nothing_while_others_write(billing: Billing) -> None:
-    """Writers on several connections; a reader that follows the ledger page by page.
+    """Writers on two replicas; a reader that follows the ledger page by page.
 
     Each walk sees whole movements only, and what all walks see together is the ledger.
     """
@@ -167,9 +167,9 @@ async def test_pages_skip_nothing_while_others_write(billing: Billing) -> None:
         await billing.acquire(f"s{number}", 10_000, account=f"accounts/acme-{number}")
     is_over = asyncio.Event()
 
-    async def write(number: int) -> None:
+    async def write(writer: Billing, number: int) -> None:
         for batch in range(15):
-            await billing.settle(
+            await writer.settle(
                 *(
                     settlement(
                         f"gen_{number}_{batch}_{index}",
@@ -200,10 +200,12 @@ async def test_pages_skip_nothing_while_others_write(billing: Billing) -> None:
                 total -= entry.amount.nanos
                 seen.pop()
 
-    reader = asyncio.ensure_future(read())
-    await asyncio.gather(*(write(number) for number in range(4)))
-    is_over.set()
-    seen = await reader
+    async with running(billing.dsn, connections_max=2) as replica:
+        reader = asyncio.ensure_future(read())
+        writers = [billing, replica, billing, replica]
+        await asyncio.gather(*(write(writer, number) for number, writer in enumerate(writers)))
+        is_over.set()
+        seen = await reader
 
     numbers = [int(name.rpartition("/")[2]) for name in seen]
     assert numbers == list(range(1, 4 * 2 + 4 * 15 * 5 * 2 + 1))
