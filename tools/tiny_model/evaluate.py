@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from typing_extensions import override
 
 from tools.tiny_model.batches import Encoded, encode
 from tools.tiny_model.chance import Chance
@@ -53,6 +54,7 @@ class Group:
     temperature: float
     chat: bool
 
+    @override
     def __str__(self) -> str:
         form = "chat" if self.chat else "plain"
         return f"{self.split.value} pairs, {form}, temperature {self.temperature}"
