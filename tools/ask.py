@@ -56,9 +56,9 @@ async def ask(variables: dict[str, str], spec: GenerationSpec) -> None:
                 print(output.text, end="", flush=True)
             if response.frame.HasField("finished"):
                 finished = response.frame.finished
-                charge = finished.charge.nanos / NANOS_PER_UNIT
+                charge = f"${finished.charge.nanos / NANOS_PER_UNIT:.7f}"
                 usage = finished.usage
-                print(f"\n\n{usage.input_tokens} tokens in, {usage.output_tokens} out: ${charge}")
+                print(f"\n\n{usage.input_tokens} tokens in, {usage.output_tokens} out: {charge}")
 
 
 def main() -> int:

@@ -252,6 +252,9 @@ async def offers(catalog: rpc.Peer, offering_id: str, plan: Plan) -> bool:
             display_name=plan.model_id,
             model_version=version_name(plan),
             default_max_output_tokens=512,
+            # What most models are told stories with; a request may say otherwise.
+            default_temperature=0.7,
+            default_top_p=0.95,
         ),
     )
     if await create(lambda: catalog.call(stub.CreateOffering, request)):
