@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from libs.auth import Principal
 from libs.rpc.policy import MethodPolicy
 
+# The client's own timer fires first: deadlines travel rounded up, and start when they arrive.
+DEADLINE_SLACK_S = 0.05
+
 
 @dataclass(slots=True, kw_only=True)
 class Call:
@@ -28,6 +31,10 @@ class Call:
     deadline_s: float | None
     principal: Principal | None = None
     service: str | None = None
+
+    def is_overdue(self, now_s: float) -> bool:
+        """Tells whether a cancellation at that monotonic time is the deadline's doing."""
+        return self.deadline_s is not None and now_s >= self.deadline_s - DEADLINE_SLACK_S
 
     def require_principal(self) -> Principal:
         """Returns the caller of a public method, which the stack has authenticated."""

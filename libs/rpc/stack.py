@@ -126,7 +126,7 @@ class Stack:
         return around
 
     def _cancelled(self, call: Call) -> MaasError:
-        if call.deadline_s is not None and self._clock.monotonic_s() >= call.deadline_s:
+        if call.is_overdue(self._clock.monotonic_s()):
             return DeadlineExceeded("the deadline of the call passed")
         return Cancelled("the caller cancelled")
 

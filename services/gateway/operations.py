@@ -199,7 +199,7 @@ class Generations:
         if self._is_draining:
             # The grace is over and the server ends its calls: not the client's doing.
             return EndCause.GATEWAY_LOST
-        if call.deadline_s is not None and self._clock.monotonic_s() >= call.deadline_s:
+        if call.is_overdue(self._clock.monotonic_s()):
             return EndCause.DEADLINE
         return EndCause.CLIENT_CANCELLED
 

@@ -5,79 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
 
 import pytest
-from maas.engine.v1 import engine_pb2, engine_service_pb2
-from maas.inference.v1 import generation_pb2
+from maas.engine.v1 import engine_pb2
 
-from libs.auth import KeyTable, sha256_of
-from libs.config import ServerSection
 from libs.errors import InvalidArgument, Reason, Unavailable
 from libs.process import Background
-from libs.rpc import Server
-from libs.rpc.identity import Identity
 from services.gateway.generation import new_sink
-from services.gateway.links import SERVICES, WINDOW, Link, LinkPool
-
-if TYPE_CHECKING:
-    from grpc.aio import ServicerContext
-
-    Context = ServicerContext[
-        engine_service_pb2.ExecuteManyRequest, engine_service_pb2.ExecuteManyResponse
-    ]
-
-TOKEN = "ms_gateway_test"
-END = generation_pb2.OutputEnd(reason=generation_pb2.FINISH_REASON_END)
-
-
-class ScriptedWorker:
-    """An EngineService whose streams the test drives."""
-
-    def __init__(self) -> None:
-        self.requests: asyncio.Queue[engine_service_pb2.ExecuteManyRequest] = asyncio.Queue()
-        self.responses: asyncio.Queue[engine_pb2.StepEvents | None] = asyncio.Queue()
-        self.granted = 0
-        self.grants: asyncio.Queue[int] = asyncio.Queue()
-        self.streams = 0
-
-    async def ExecuteMany(self, _: object, context: Context) -> None:  # noqa: N802
-        self.streams += 1
-        await context.send_initial_metadata(())
-        reading = asyncio.create_task(self._read(context))
-        try:
-            while (events := await self.responses.get()) is not None:
-                response = engine_service_pb2.ExecuteManyResponse(events=events)
-                await context.write(response)
-        finally:
-            reading.cancel()
-
-    async def _read(self, context: Context) -> None:
-        while isinstance(request := await context.read(), engine_service_pb2.ExecuteManyRequest):
-            self.granted += request.grant
-            self.grants.put_nowait(request.grant)
-            if request.start or request.abort_lanes:
-                self.requests.put_nowait(request)
-
-    async def Abort(self, *_: object) -> None:  # noqa: N802
-        raise AssertionError
-
-    GetEngineInfo = Abort
-    GetLoad = Abort
-
-
-@asynccontextmanager
-async def served(worker: ScriptedWorker) -> AsyncIterator[str]:
-    methods = [f"{SERVICES[0].full_name}/{method.name}" for method in SERVICES[0].methods]
-    allow = {method: frozenset({"gateway"}) for method in methods}
-    identity = Identity(KeyTable(), {sha256_of(TOKEN): "gateway"}, allow)
-    server = Server(ServerSection(listen="127.0.0.1:0", metrics_listen="127.0.0.1:0"), identity)
-    server.add(worker, SERVICES[0])
-    port = await server.start()
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        await server.stop(0)
+from services.gateway.links import WINDOW, Link, LinkPool
+from tests.integration.services.gateway.harness import END, TOKEN, ScriptedWorker, served
 
 
 @asynccontextmanager
