@@ -15,7 +15,15 @@ from maas.auth.v1 import tenancy_service_pb2 as tenancy
 from maas.auth.v1.api_key_service_pb2_grpc import ApiKeyServiceStub
 from maas.auth.v1.tenancy_service_pb2_grpc import TenancyServiceStub
 from maas.billing.v1 import ledger_pb2, usage_service_pb2
+from maas.billing.v1 import price_service_pb2 as prices
+from maas.billing.v1.price_service_pb2_grpc import PriceServiceStub
 from maas.billing.v1.usage_service_pb2_grpc import UsageServiceStub
+from maas.catalog.v1 import model_pb2
+from maas.catalog.v1 import model_service_pb2 as models
+from maas.catalog.v1 import offering_service_pb2 as offerings
+from maas.catalog.v1.model_service_pb2_grpc import ModelServiceStub
+from maas.catalog.v1.offering_service_pb2_grpc import OfferingServiceStub
+from maas.common.v1 import money_pb2
 from maas.inference.v1 import generation_pb2
 from maas.inference.v1 import generation_service_pb2 as generations
 from maas.inference.v1.generation_service_pb2_grpc import GenerationServiceStub
@@ -240,6 +248,55 @@ async def _refusal(api: TokenApi, unlike: type[MaasError]) -> MaasError:
                 if not isinstance(error, unlike):
                     return error
             await asyncio.sleep(0.02)
+
+
+async def test_a_version_without_a_worker_is_refused_and_costs_nothing(client: Client) -> None:
+    admin = client.variables["MAAS_ADMIN_KEY"]
+    before = (await client.balance()).posted.nanos
+    model_service = models.DESCRIPTOR.services_by_name["ModelService"]
+    offering_service = offerings.DESCRIPTOR.services_by_name["OfferingService"]
+    async with client.connect("catalog", model_service, offering_service, key=admin) as catalog:
+        stub = ModelServiceStub(catalog.channel)
+        await catalog.call(stub.CreateModel, models.CreateModelRequest(model_id="idle"))
+        version = models.CreateModelVersionRequest(
+            parent="models/idle",
+            model_version_id="1",
+            model_version=model_pb2.ModelVersion(context_length=100),
+        )
+        await catalog.call(stub.CreateModelVersion, version)
+        offering = offerings.CreateOfferingRequest(
+            offering_id="idle",
+            offering=model_pb2.Offering(model_version="models/idle/versions/1"),
+        )
+        await catalog.call(OfferingServiceStub(catalog.channel).CreateOffering, offering)
+    async with token_api(client) as api:
+        api.model = "idle"
+        unpriced = await _refusal(api, NotFound)
+        await _price(client, "idle")
+        refused = await _refusal(api, FailedPrecondition)
+
+    assert unpriced.reason is Reason.PRICE_MISSING
+    assert refused.reason is Reason.NO_READY_WORKER
+    assert refused.metadata == {"modelVersion": "models/idle/versions/1"}
+    assert (await client.balance()).posted.nanos == before
+
+
+async def _price(client: Client, offering_id: str) -> None:
+    """Gives an offering a price of nothing, as an operator would."""
+    service = prices.DESCRIPTOR.services_by_name["PriceService"]
+    free = money_pb2.Money(currency_code="USD", nanos=0)
+    async with client.connect(
+        "billing", service, key=client.variables["MAAS_ADMIN_KEY"]
+    ) as billing:
+        request = prices.CreatePriceRequest(
+            price_id=offering_id,
+            price=ledger_pb2.Price(
+                offering=f"offerings/{offering_id}",
+                input_price_per_million=free,
+                output_price_per_million=free,
+            ),
+        )
+        await billing.call(PriceServiceStub(billing.channel).CreatePrice, request)
 
 
 async def test_64_streams_each_pay_what_they_received(client: Client) -> None:

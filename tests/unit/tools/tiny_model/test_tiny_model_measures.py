@@ -148,6 +148,12 @@ def test_a_third_name_is_inconsistent() -> None:
     assert not judge(FOX_IN_SNOW, STORY + " Otto came.").consistent
 
 
+def test_a_name_for_two_characters_is_inconsistent() -> None:
+    """The friend must not have the hero's name."""
+    assert not judge(FOX_IN_SNOW, STORY.replace("Finn", "Pip")).consistent
+    assert not judge(FOX_IN_SNOW, STORY + " Pip and Pip laughed.").consistent
+
+
 def test_a_hero_who_is_lost_on_the_way_is_inconsistent() -> None:
     """The hero has to be there at the end."""
     assert not judge(FOX_IN_SNOW, STORY.replace("Pip was happy", "Finn was happy")).consistent
