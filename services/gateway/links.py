@@ -75,7 +75,7 @@ class Link:
             async with asyncio.timeout(timeout_s):
                 await self._up.wait()
         except TimeoutError:
-            raise self._lost() from None
+            raise self.lost() from None
 
     def start(self, execution: engine_pb2.Execution, sink: Sink) -> int:
         """Sends an execution; returns its lane. Its events go to the sink.
@@ -84,7 +84,7 @@ class Link:
             Unavailable: WORKER_LOST, the stream does not stand.
         """
         if not self.is_up:
-            raise self._lost()
+            raise self.lost()
         lane = heapq.heappop(self._free) if self._free else self._new_lane()
         execution.lane = lane
         self._sinks[lane] = sink
@@ -218,13 +218,14 @@ class Link:
         self._free.clear()
         self._lanes = 0
         for sink in sinks:
-            sink.fail(self._lost())
+            sink.fail(self.lost())
 
     def _new_lane(self) -> int:
         self._lanes += 1
         return self._lanes
 
-    def _lost(self) -> Unavailable:
+    def lost(self) -> Unavailable:
+        """Makes the error for a worker that does not answer."""
         return Unavailable(
             "the worker was lost",
             reason=Reason.WORKER_LOST,

@@ -24,6 +24,8 @@ log = structlog.get_logger(__name__)
 
 # A worker whose link does not stand is given this long to come up before the next is tried.
 LINK_WAIT_S = 1.0
+# A worker accepts once it has tokenised the prompt; one that takes longer than this hangs.
+ACCEPT_WAIT_S = 15.0
 # Rounds of asking the scheduler: each leaves out the workers that have failed so far.
 ROUNDS_MAX = 3
 
@@ -194,7 +196,11 @@ class Placer:
         sink = new_sink()
         lane = link.start(execution, sink)
         try:
-            input_tokens = await sink.accepted
+            async with asyncio.timeout(ACCEPT_WAIT_S):
+                input_tokens = await sink.accepted
+        except TimeoutError:
+            link.abort(lane, sink)
+            raise link.lost() from None
         except asyncio.CancelledError:
             link.abort(lane, sink)
             raise

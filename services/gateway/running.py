@@ -117,6 +117,8 @@ class RunningGeneration:
     def cancel(self, error: MaasError) -> None:
         """Ends the stream with an error from outside, such as CancelGeneration."""
         self.failure = error
+        # At once: the handler may wait for a client that does not read.
+        self._placed.abort()
         self._placed.sink.fail(error)
 
     def finish(self, cause: EndCause) -> None:

@@ -12,6 +12,7 @@ from maas.inference.v1 import generation_pb2, generation_service_pb2
 
 from libs.errors import FailedPrecondition, MaasError, Reason, Unavailable
 from libs.rpc.status import error_of
+from services.gateway import placement
 from services.gateway.domain import EndCause
 from tests.integration.services.gateway.harness import gateway
 
@@ -255,3 +256,44 @@ async def test_generations_are_bounded(tmp_path: Path) -> None:
         assert error.reason is Reason.QUEUE_FULL
         for stream in streams:
             stream.cancel()
+
+
+async def test_a_worker_that_never_accepts_is_left_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "ACCEPT_WAIT_S", 0.2)
+    async with gateway(tmp_path, worker_count=2) as world:
+        stream = world.stream()
+        first, second = world.workers
+        ignored = await first.next_start()
+        execution = await second.next_start()
+        second.accept(execution.lane)
+        second.end(execution.lane)
+
+        assert await first.next_abort() == ignored.lane
+        assert (await frames_of(stream))[-1].HasField("finished")
+
+
+async def test_a_generation_is_cancelled_from_elsewhere_while_nobody_reads(
+    tmp_path: Path,
+) -> None:
+    async with gateway(tmp_path) as world:
+        stream = world.stream(most=1000)
+        (worker,) = world.workers
+        execution = await worker.next_start()
+        worker.accept(execution.lane)
+        response = await stream.read()
+        assert isinstance(response, generation_service_pb2.StreamGenerateResponse)
+        for _ in range(300):
+            worker.say(execution.lane, "x" * 200_000)
+        request = generation_service_pb2.CancelGenerationRequest(
+            generation_id=response.frame.started.generation_id
+        )
+
+        await world.peer.call(world.stub.CancelGeneration, request)
+
+        assert await worker.next_abort() == execution.lane
+        error = await failure_of(stream)
+        assert error.reason is Reason.GENERATION_CANCELLED
+        settled = await world.only_settlement()
+        assert settled.closing.cause is EndCause.CLIENT_CANCELLED
