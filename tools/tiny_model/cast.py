@@ -55,12 +55,17 @@ def _kind(row: list[str]) -> Kind:
 
 KINDS: tuple[Kind, ...] = tuple(_kind(row) for row in read_rows("kinds"))
 
-BOY_NAMES: tuple[str, ...] = (
-    "Pip", "Toby", "Oscar", "Finn", "Milo", "Hugo", "Jasper", "Barney", "Otto", "Felix", "Tom",
-    "Rufus", "Ned", "Kofi", "Arun", "Emil", "Bruno", "Ivo",
-)  # fmt: skip
+HERO_NAMES: dict[str, tuple[str, ...]] = {
+    "he": ("Pip", "Oscar", "Milo", "Jasper", "Felix", "Rufus", "Emil", "Bruno", "Ivo"),
+    "she": ("Mina", "Lily", "Hazel", "Ruby", "Nora", "Maya", "Luna", "Willow", "Freya", "Zora"),
+}
+FRIEND_NAMES: dict[str, tuple[str, ...]] = {
+    "he": ("Toby", "Finn", "Hugo", "Barney", "Otto", "Tom", "Ned", "Kofi", "Arun"),
+    "she": ("Rosie", "Tilly", "Daisy", "Poppy", "Amara", "Suki", "Mabel", "Anya", "Lotta", "Bella",
+            "Grace"),
+}  # fmt: skip
+"""Names by pronoun. Heroes and friends have different ones, so that a model that always takes the
+likeliest name does not give both of them the same."""
 
-GIRL_NAMES: tuple[str, ...] = (
-    "Mina", "Rosie", "Lily", "Tilly", "Hazel", "Ruby", "Daisy", "Nora", "Poppy", "Maya", "Luna",
-    "Amara", "Suki", "Willow", "Mabel", "Freya", "Anya", "Lotta", "Zora", "Bella", "Grace",
-)  # fmt: skip
+BOY_NAMES: tuple[str, ...] = HERO_NAMES["he"] + FRIEND_NAMES["he"]
+GIRL_NAMES: tuple[str, ...] = HERO_NAMES["she"] + FRIEND_NAMES["she"]

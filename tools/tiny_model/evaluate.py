@@ -17,15 +17,22 @@ from typing_extensions import override
 
 from tools.tiny_model.batches import Encoded, encode
 from tools.tiny_model.chance import Chance
-from tools.tiny_model.chat_format import TURN_END
+from tools.tiny_model.chat_format import TURN_END, as_chat_prompt
 from tools.tiny_model.corpus import EVALUATION_SEED, TRAIN_SEED, iter_documents
 from tools.tiny_model.reference import ReferenceModel
+from tools.tiny_model.requests import Request, draw_request
 from tools.tiny_model.sampling import Answer, Order, generate
 from tools.tiny_model.scene import Split
 from tools.tiny_model.topics import Topic, distinct_share, draw_topics, judge, overlap
 
 TOKENS_MAX = 400
 TEMPERATURE = 0.8
+_FURTHER_WISHES = {
+    "thing": "a thing",
+    "friend_kind": "a friend",
+    "time": "a weather or season",
+    "name": "the hero's name",
+}
 TOP_P = 0.95
 
 
@@ -89,6 +96,7 @@ def report(path: Path, plan: Plan) -> Iterator[str]:
     for group in groups:
         members = [(question, answer) for question, answer in asked if question.group == group]
         yield f"{group}: {shares(members)}"
+    yield from _further_wishes(model, plan)
     yield from _variety(model, plan)
     yield _copies([answer.text for answer in answers], plan)
 
@@ -133,6 +141,27 @@ def shares(asked: Sequence[tuple[Question, Answer]]) -> str:
         f"on topic {on_topic}/{count}, consistent {consistent}/{count}, "
         f"ended within {TOKENS_MAX} tokens {ended}/{count}, mean length {length:.0f} tokens"
     )
+
+
+def _further_wishes(model: ReferenceModel, plan: Plan) -> Iterator[str]:
+    """Yield how often one more wish of a prompt is granted, greedy and in a chat."""
+    for part, label in _FURTHER_WISHES.items():
+        requests = itertools.islice(_requests_with(part), plan.topics)
+        asked = [(as_chat_prompt(request.text), noun) for request, noun in requests]
+        orders = [Order(prompt=prompt) for prompt, _ in asked]
+        answers = generate(model, orders, TOKENS_MAX)
+        granted = sum(noun in answer.text for (_, noun), answer in zip(asked, answers, strict=True))
+        yield f"prompts that also name {label}: it is in {granted}/{len(asked)} stories"
+
+
+def _requests_with(part: str) -> Iterator[tuple[Request, str]]:
+    """Yield new requests that wish for `part`, each with the word that the story should have."""
+    root = Chance(f"{EVALUATION_SEED}/wishes")
+    for number in itertools.count():
+        request = draw_request(root.child(str(number)))
+        wished = getattr(request.wish, part)
+        if wished is not None and request.wish.kind is not None:
+            yield request, wished if isinstance(wished, str) else wished.noun
 
 
 def _variety(model: ReferenceModel, plan: Plan) -> Iterator[str]:

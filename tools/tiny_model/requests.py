@@ -216,25 +216,25 @@ def _two_characters(chance: Chance, kind: Kind, setting: Setting) -> Wish:
 
 
 _TOPICS: tuple[tuple[int, Callable[[Chance, Kind, Setting], Wish]], ...] = (
-    (32, lambda _, kind, setting: Wish(kind=kind, setting=setting)),
+    (26, lambda _, kind, setting: Wish(kind=kind, setting=setting)),
     (7, lambda chance, kind, setting: Wish(kind=kind, setting=setting, thing=chance.pick(THINGS))),
     (
-        6,
+        8,
         lambda chance, kind, setting: Wish(
             kind=kind, setting=setting, name=draw_name(chance, kind)
         ),
     ),
     (6, _two_settings),
     (6, _two_characters),
-    (3, lambda chance, kind, setting: Wish(kind=kind, setting=setting, plot=chance.pick(PLOTS))),
-    (12, lambda _, kind, __: Wish(kind=kind)),
+    (5, lambda chance, kind, setting: Wish(kind=kind, setting=setting, plot=chance.pick(PLOTS))),
+    (10, lambda _, kind, __: Wish(kind=kind)),
     (6, lambda chance, kind, _: Wish(kind=kind, friend_kind=_draw_other(chance, kind))),
     (4, lambda chance, kind, _: Wish(kind=kind, thing=chance.pick(THINGS))),
-    (3, lambda chance, kind, _: Wish(kind=kind, plot=chance.pick(PLOTS))),
-    (3, lambda chance, kind, _: Wish(kind=kind, name=draw_name(chance, kind))),
+    (4, lambda chance, kind, _: Wish(kind=kind, plot=chance.pick(PLOTS))),
+    (4, lambda chance, kind, _: Wish(kind=kind, name=draw_name(chance, kind))),
     (4, lambda _, __, setting: Wish(setting=setting)),
     (3, lambda chance, _, __: Wish(thing=chance.pick(THINGS))),
-    (3, lambda chance, _, __: Wish(plot=chance.pick(PLOTS))),
+    (5, lambda chance, _, __: Wish(plot=chance.pick(PLOTS))),
     (2, lambda _, __, ___: Wish()),
 )
 """What people ask for, in percent of the requests."""

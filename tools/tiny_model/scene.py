@@ -1,17 +1,27 @@
 """A scene: everything one story has to agree on, and how it is drawn from what was asked for.
 
 Pure: chance comes in as an argument. Pairs of character and setting that are held out for the
-evaluation are never drawn for training, neither for the hero nor for the friend.
+evaluation are never drawn for training, neither for the hero nor for a friend of our choice. A
+friend whom a prompt names is not checked.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from tools.tiny_model.cast import BOY_NAMES, GIRL_NAMES, KINDS, Kind, article, plural
+from tools.tiny_model.cast import (
+    BOY_NAMES,
+    FRIEND_NAMES,
+    GIRL_NAMES,
+    HERO_NAMES,
+    KINDS,
+    Kind,
+    article,
+    plural,
+)
 from tools.tiny_model.chance import Chance
 from tools.tiny_model.plots import PLOTS, Plot
 from tools.tiny_model.settings import PLACES, SETTINGS, TIMES, Setting
@@ -152,9 +162,9 @@ def draw_scene(wish: Wish, chance: Chance, split: Split = Split.TRAIN) -> Scene:
         ValueError: If the wish itself breaks the split.
     """
     kind, setting, time = _draw_pair(wish, chance, split)
-    hero = _draw_person(kind, wish.name, (), chance)
+    hero = _draw_person(kind, wish.name, HERO_NAMES, chance)
     friend_kind = wish.friend_kind or _draw_friend_kind(kind, (setting, time), chance)
-    friend = _draw_person(friend_kind, None, (hero.name,), chance)
+    friend = _draw_person(friend_kind, None, _without(FRIEND_NAMES, hero.name), chance)
     thing = wish.thing or chance.pick(THINGS)
     return Scene(
         hero=hero,
@@ -189,12 +199,16 @@ def _draw_friend_kind(hero_kind: Kind, settings: Sequence[Setting | None], chanc
             return kind
 
 
-def _draw_person(kind: Kind, name: str | None, taken: tuple[str, ...], chance: Chance) -> Person:
+def _without(pool: Mapping[str, Sequence[str]], taken: str) -> dict[str, list[str]]:
+    return {key: [name for name in names if name != taken] for key, names in pool.items()}
+
+
+def _draw_person(
+    kind: Kind, name: str | None, pool: Mapping[str, Sequence[str]], chance: Chance
+) -> Person:
     if name is not None:
         known = {**dict.fromkeys(BOY_NAMES, "he"), **dict.fromkeys(GIRL_NAMES, "she")}
         guess = kind.pronoun or known.get(name) or chance.pick(("he", "she"))
         return Person(name=name, pronoun=guess, kind=kind)
     pronoun = kind.pronoun or chance.pick(("he", "she"))
-    names = BOY_NAMES if pronoun == "he" else GIRL_NAMES
-    free = [candidate for candidate in names if candidate not in taken]
-    return Person(name=chance.pick(free), pronoun=pronoun, kind=kind)
+    return Person(name=chance.pick(pool[pronoun]), pronoun=pronoun, kind=kind)

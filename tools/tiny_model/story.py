@@ -14,7 +14,7 @@ from tools.tiny_model.wording import fill
 
 
 class Length(Enum):
-    """How long a story is to be: about 70, 190 and 330 tokens."""
+    """How long a story is to be: about 70, 160 and 230 tokens."""
 
     SHORT = "short"
     NORMAL = "normal"

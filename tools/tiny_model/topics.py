@@ -17,6 +17,9 @@ from tools.tiny_model.phrases import LEADS
 from tools.tiny_model.scene import Split, is_held_out
 from tools.tiny_model.settings import SETTINGS, Setting
 
+CHARACTERS_MAX = 2
+"""A hero and a friend."""
+
 _ASKS: tuple[str, ...] = (
     "tell me a story about {about}",
     "Tell me a story about {about}.",
@@ -25,6 +28,7 @@ _ASKS: tuple[str, ...] = (
     "a story about {about} please",
 )
 _PRONOUNS = {"he": {"he", "him", "his"}, "she": {"she", "her", "hers"}}
+_KIND_NOUNS = {kind.noun for kind in KINDS}
 _WORD = re.compile(r"[A-Za-z']+")
 
 
@@ -48,8 +52,8 @@ class Verdict:
 
     Attributes:
         on_topic: Both topic words are in it.
-        consistent: At most two characters are named, every pronoun fits one of them, and the hero
-            is of the asked kind and is still there in the second half.
+        consistent: At most two characters are named, each of one kind; every pronoun fits one of
+            them; the hero is of the asked kind and is still there after the opening.
     """
 
     on_topic: bool
@@ -102,16 +106,28 @@ def _mentions(words: set[str], noun: str) -> bool:
 
 
 def _is_consistent(topic: Topic, story: str) -> bool:
-    boys = {name for name in BOY_NAMES if re.search(rf"\b{name}\b", story)}
-    girls = {name for name in GIRL_NAMES if re.search(rf"\b{name}\b", story)}
+    named = {name for name in (*BOY_NAMES, *GIRL_NAMES) if _has(story, name)}
     # The hero is introduced in the first paragraph by kind and by name.
     opening, _, rest = story.partition("\n\n")
-    heroes = [name for name in boys | girls if re.search(rf"\b{name}\b", opening)]
-    if len(boys | girls) > 2 or len(heroes) != 1:  # noqa: PLR2004  A hero and a friend.
+    heroes = [name for name in named if _has(opening, name)]
+    if len(heroes) != 1 or len(named) > CHARACTERS_MAX:
         return False
-    present = re.search(rf"\b{heroes[0]}\b", rest[len(rest) // 2 :]) is not None
+    stays = _has(opening, topic.kind.noun) and _has(rest, heroes[0])
+    return stays and _pronouns_fit(story, named) and all(_is_one(story, name) for name in named)
+
+
+def _has(text: str, word: str) -> bool:
+    return re.search(rf"\b{word}\b", text) is not None
+
+
+def _pronouns_fit(story: str, named: set[str]) -> bool:
     used = set(_WORD.findall(story.lower()))
-    fits_boys = bool(boys) or not used & _PRONOUNS["he"]
-    fits_girls = bool(girls) or not used & _PRONOUNS["she"]
-    kind_first = re.search(rf"\b{topic.kind.noun}\b", opening) is not None
-    return present and fits_boys and fits_girls and kind_first
+    has_boy, has_girl = bool(named & {*BOY_NAMES}), bool(named & {*GIRL_NAMES})
+    return (has_boy or not used & _PRONOUNS["he"]) and (has_girl or not used & _PRONOUNS["she"])
+
+
+def _is_one(story: str, name: str) -> bool:
+    """Return whether `name` belongs to one character: of one kind, and never beside itself."""
+    told = re.findall(rf"\b{name}(?: the|, an?) (\w+)|(\w+) (?:named|called) {name}\b", story)
+    kinds = {word for pair in told for word in pair} & _KIND_NOUNS
+    return len(kinds) <= 1 and not _has(story, f"{name} and {name}")

@@ -6,7 +6,15 @@ import re
 
 import pytest
 
-from tools.tiny_model.cast import BOY_NAMES, GIRL_NAMES, KINDS, article, plural
+from tools.tiny_model.cast import (
+    BOY_NAMES,
+    FRIEND_NAMES,
+    GIRL_NAMES,
+    HERO_NAMES,
+    KINDS,
+    article,
+    plural,
+)
 from tools.tiny_model.chance import Chance
 from tools.tiny_model.plots import PLOTS, Plot
 from tools.tiny_model.requests import describe, draw_request, required_words
@@ -31,6 +39,18 @@ def test_nouns_of_a_table_are_different() -> None:
 def test_a_name_has_one_pronoun() -> None:
     """No name is both a boy's and a girl's."""
     assert not set(BOY_NAMES) & set(GIRL_NAMES)
+
+
+def test_hero_and_friend_never_share_a_name() -> None:
+    """Their names come from different lists, and a wished name is never given twice."""
+    assert not {*HERO_NAMES["he"], *HERO_NAMES["she"]} & {
+        *FRIEND_NAMES["he"],
+        *FRIEND_NAMES["she"],
+    }
+    for seed in range(100):
+        scene = draw_scene(Wish(name="Toby"), Chance(f"names/{seed}"))
+        assert scene.hero.name == "Toby"
+        assert scene.friend.name != "Toby"
 
 
 def test_every_sentence_of_a_time_names_it() -> None:
@@ -92,8 +112,8 @@ def test_the_gist_names_the_hero() -> None:
     assert "snow" in text
 
 
-def test_training_never_sees_a_held_out_pair() -> None:
-    """Neither the hero nor the friend is ever put into a setting held out for it."""
+def test_training_never_draws_a_held_out_pair() -> None:
+    """Neither the hero nor a friend of our choice is put into a setting held out for it."""
     for seed in range(500):
         scene = draw_scene(Wish(), Chance(f"split/{seed}"))
         settings = (scene.setting, scene.time)
