@@ -120,7 +120,9 @@ async def test_an_aborted_lane_produces_at_most_the_step_in_progress(
     """The child is halted, so that what it does after the abort can be counted."""
     for lane in (1, 2, 3):
         engine.submit(lane, LONG)
-    await engine.next_step()
+    running: list[int] = []
+    while len(running) < 2:
+        running += [event.lane for event in (await engine.next_step()).prefilled]
     os.kill(process_id_of(engine), signal.SIGSTOP)
     seen = []
     try:
