@@ -102,19 +102,28 @@ async def served(worker: ScriptedWorker) -> AsyncIterator[str]:
 class Worker(ScriptedWorker):
     """A scripted worker with words for what tests want to say."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._started: list[engine_pb2.Execution] = []
+        self._aborted: list[int] = []
+
     async def next_start(self) -> engine_pb2.Execution:
-        """Waits for the next execution."""
-        while True:
-            request = await self.requests.get()
-            if request.start:
-                return request.start[0]
+        """Waits for the next execution; several may come in one message."""
+        while not self._started:
+            await self._take()
+        return self._started.pop(0)
 
     async def next_abort(self) -> int:
         """Waits for the next abort; returns its lane."""
-        while True:
+        while not self._aborted:
+            await self._take()
+        return self._aborted.pop(0)
+
+    async def _take(self) -> None:
+        async with asyncio.timeout(10):
             request = await self.requests.get()
-            if request.abort_lanes:
-                return request.abort_lanes[0]
+        self._started += request.start
+        self._aborted += request.abort_lanes
 
     def accept(self, lane: int, input_tokens: int = 3) -> None:
         """Accepts an execution."""
