@@ -67,6 +67,9 @@ class Reason(enum.StrEnum):
     CONSUMER_STALLED = "CONSUMER_STALLED"
     GENERATION_CANCELLED = "GENERATION_CANCELLED"
     ENGINE_FAILURE = "ENGINE_FAILURE"
+    REPLAY_EXPIRED = "REPLAY_EXPIRED"
+    GENERATION_SETTLED = "GENERATION_SETTLED"
+    NOT_RESUMABLE = "NOT_RESUMABLE"
     SERVICE_UNAVAILABLE = "SERVICE_UNAVAILABLE"
     INTERNAL = "INTERNAL"
     NOT_IMPLEMENTED = "NOT_IMPLEMENTED"
@@ -190,6 +193,13 @@ class ResourceExhausted(MaasError):
     default_reason = Reason.QUEUE_FULL
 
 
+class OutOfRange(MaasError):
+    """What is asked for is no longer there."""
+
+    code = Code.OUT_OF_RANGE
+    default_reason = Reason.REPLAY_EXPIRED
+
+
 class Unavailable(MaasError):
     """Not executed, or safe to repeat; try again later or elsewhere."""
 
@@ -236,6 +246,7 @@ BY_CODE: dict[Code, type[MaasError]] = {
         FailedPrecondition,
         Aborted,
         ResourceExhausted,
+        OutOfRange,
         Unavailable,
         DeadlineExceeded,
         Cancelled,

@@ -6,12 +6,13 @@ Pure: time and chance are brought by the caller.
 from __future__ import annotations
 
 import re
-from datetime import datetime
+from datetime import UTC, datetime
 
 from libs.errors import FieldRule, InvalidArgument, invalid_field
 
 _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
+_ULID = re.compile(rf"[0-7][{_CROCKFORD}]{{25}}")
 _TIME_BITS = 48
 _RANDOM_BITS = 80
 
@@ -27,6 +28,20 @@ def ulid(now: datetime, random_bits: int) -> str:
     value = (milliseconds % (1 << _TIME_BITS)) << _RANDOM_BITS
     value |= random_bits % (1 << _RANDOM_BITS)
     return "".join(_CROCKFORD[(value >> shift) & 31] for shift in range(125, -1, -5))
+
+
+def time_of_ulid(text: str) -> datetime | None:
+    """Returns when a ULID was made, to the millisecond; None when the text is none."""
+    if _ULID.fullmatch(text) is None:
+        return None
+    value = 0
+    for character in text:
+        value = value * 32 + _CROCKFORD.index(character)
+    try:
+        return datetime.fromtimestamp((value >> _RANDOM_BITS) / 1000, UTC)
+    except ValueError:
+        # Its 48 bits reach beyond the year 9999: nobody has made it yet.
+        return None
 
 
 def parse_name(name: str, pattern: str, *, field: str) -> tuple[str, ...]:

@@ -33,3 +33,18 @@ def charge_usage(
 ) -> Nanos:
     """Prices a generation: the sum of its lines. Prices are nanos per million tokens."""
     return Nanos(charge(input_tokens, input_price) + charge(output_tokens, output_price))
+
+
+def affordable_output_tokens(
+    *, nanos: int, input_tokens: int, input_price: int, output_price: int
+) -> int | None:
+    """Returns the most output tokens that `charge_usage` prices at `nanos` or less.
+
+    A line is rounded up to whole nanos, and whole nanos are what is left for it, so rounding does
+    not matter: tokens * price / 10^6 <= left. Negative when the input alone costs more. None when
+    output is free, so that any number fits.
+    """
+    left = nanos - charge(input_tokens, input_price)
+    if left < 0:
+        return -1
+    return left * _MILLION // output_price if output_price else None

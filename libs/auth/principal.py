@@ -41,6 +41,7 @@ _TENANT = frozenset(
         "callers.get",
         "generations.cancel",
         "generations.create",
+        "generations.get",
         "ledgerEntries.list",
         "offerings.get",
         "offerings.list",
@@ -50,7 +51,7 @@ _TENANT = frozenset(
     }
 )
 # An administrator has no project to charge, so generating needs a tenant's key.
-_NOT_ADMINISTRATOR = frozenset({"generations.cancel", "generations.create"})
+_NOT_ADMINISTRATOR = frozenset({"generations.cancel", "generations.create", "generations.get"})
 
 
 def permits(role: Role, permission: str) -> bool:

@@ -7,7 +7,7 @@ repeated message can never bring a revoked key back.
 from __future__ import annotations
 
 import hmac
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from libs.auth.keys import parse_key, sha256_of
@@ -45,13 +45,27 @@ class KeyTable:
     def __init__(self) -> None:
         self._records: dict[str, KeyRecord] = {}
         self._fresh_at_s: float | None = None
+        self._on_revoked: list[Callable[[str], None]] = []
+
+    def on_revoked(self, listener: Callable[[str], None]) -> None:
+        """Has `listener` called with the id of each key that is revoked from now on."""
+        self._on_revoked.append(listener)
 
     def apply(self, records: Iterable[KeyRecord]) -> None:
         """Adds or replaces records; an older revision than the one at hand is ignored."""
         for record in records:
             known = self._records.get(record.key_id)
-            if known is None or known.revision < record.revision:
-                self._records[record.key_id] = record
+            if known is not None and known.revision >= record.revision:
+                continue
+            self._records[record.key_id] = record
+            if known is not None and known.is_active and not record.is_active:
+                for listener in self._on_revoked:
+                    listener(record.key_id)
+
+    def is_revoked(self, key_id: str) -> bool:
+        """Tells whether a key that was accepted before would be refused now."""
+        record = self._records.get(key_id)
+        return record is None or not record.is_active
 
     def touch(self, now_s: float) -> None:
         """Says that the table was complete at that monotonic time."""

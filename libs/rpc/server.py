@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -143,6 +144,9 @@ class Server:
         Raises:
             StartError: something that the process cannot live without failed.
         """
+        # All that the process was built of stays for its life: no collection has to look at it.
+        gc.collect()
+        gc.freeze()
         await self.set_serving(True)
         await self._wait_for_stop()
         log.info("draining", grace_s=self._config.drain_grace)

@@ -18,8 +18,17 @@ from libs.errors import FieldRule, InvalidArgument, Violation
 
 VIOLATIONS_MAX = 16
 
-Check = Callable[[Any, str, list[Violation]], None]
-"""Takes a value, its path, and where to put violations."""
+Check = Callable[[Any, list[Violation]], None]
+"""Takes a message and where to put violations, with paths that begin at this message.
+
+A path is put together only where something is wrong, so that most calls never pay for it.
+"""
+
+ValueCheck = Callable[[Any], "Fault | None"]
+"""Takes a value and says what is wrong with it."""
+
+Fault = tuple[FieldRule, str]
+"""Which rule was broken, and how, for people."""
 
 _NUMBERS = {
     FieldDescriptor.CPPTYPE_INT32,
@@ -52,7 +61,7 @@ class Validator:
             return
         found: list[Violation] = []
         for check in checks:
-            check(message, "", found)
+            check(message, found)
         if found:
             first = found[0]
             raise InvalidArgument(
@@ -77,90 +86,128 @@ class Validator:
     def _field(self, field: FieldDescriptor) -> Check | None:
         rules = field.GetOptions().Extensions[options_pb2.rules]
         value_checks = _value_checks(field, rules)
+        nested: list[Check] = []
         if field.cpp_type == FieldDescriptor.CPPTYPE_MESSAGE and not _is_map(field):
             nested = self._of(field.message_type)
-            if nested:
-                value_checks = [*value_checks, _nested(nested)]
         if field.is_repeated:
-            return _repeated(field, rules, value_checks)
-        if not value_checks and not rules.required:
+            return _repeated(field, rules, value_checks, nested)
+        if not value_checks and not nested and not rules.required:
             return None
-        return _single(field, rules, value_checks)
+        if field.message_type is not None:
+            return _message(field, rules, nested)
+        return _scalar(field, rules, value_checks)
 
 
 def _is_map(field: FieldDescriptor) -> bool:
     return bool(field.message_type is not None and field.message_type.GetOptions().map_entry)
 
 
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+def _add_nested(checks: list[Check], message: Any, path: str, found: list[Violation]) -> None:
+    """Checks a message inside another; what is found there gets the path to it."""
+    before = len(found)
+    for check in checks:
+        check(message, found)
+    for place in range(before, len(found)):
+        inner = found[place]
+        found[place] = Violation(f"{path}.{inner.field}", inner.rule, inner.description)
 
 
-def _nested(checks: list[Check]) -> Check:
-    def check(value: Any, path: str, found: list[Violation]) -> None:
-        for inner in checks:
-            inner(value, path, found)
+def _needs_presence(field: FieldDescriptor, rules: options_pb2.FieldRules) -> bool:
+    """Tells whether a field that knows presence has to be there."""
+    # A field marked optional stands in a oneof of its own, named after it.
+    choice = field.containing_oneof
+    return rules.required and (choice is None or choice.name == f"_{field.name}")
+
+
+def _message(field: FieldDescriptor, rules: options_pb2.FieldRules, nested: list[Check]) -> Check:
+    name = field.name
+    required = _needs_presence(field, rules)
+
+    def check(message: Any, found: list[Violation]) -> None:
+        if message.HasField(name):
+            _add_nested(nested, getattr(message, name), name, found)
+        elif required:
+            found.append(Violation(name, FieldRule.REQUIRED, "is required"))
 
     return check
 
 
-def _single(field: FieldDescriptor, rules: options_pb2.FieldRules, checks: list[Check]) -> Check:
+def _scalar(
+    field: FieldDescriptor, rules: options_pb2.FieldRules, checks: list[ValueCheck]
+) -> Check:
     name = field.name
     has_presence = field.has_presence
-    # A field marked optional stands in a oneof of its own, named after it.
-    choice = field.containing_oneof
-    in_choice = choice is not None and choice.name != f"_{name}"
+    needs_presence = _needs_presence(field, rules)
     required = rules.required
 
-    def check(message: Any, path: str, found: list[Violation]) -> None:
-        if has_presence and not message.HasField(name):
-            if required and not in_choice:
-                found.append(Violation(_join(path, name), FieldRule.REQUIRED, "is required"))
-            return
+    def check(message: Any, found: list[Violation]) -> None:
         value = getattr(message, name)
-        if not value and not isinstance(value, Message):
+        if not value:
+            # Most values say themselves that they are set.
+            if has_presence and not message.HasField(name):
+                if needs_presence:
+                    found.append(Violation(name, FieldRule.REQUIRED, "is required"))
+                return
             if required:
-                found.append(Violation(_join(path, name), FieldRule.REQUIRED, "must not be empty"))
+                found.append(Violation(name, FieldRule.REQUIRED, "must not be empty"))
                 return
             if not has_presence:
                 return
-        for inner in checks:
-            inner(value, _join(path, name), found)
+        for inspect in checks:
+            fault = inspect(value)
+            if fault is not None:
+                found.append(Violation(name, *fault))
 
     return check
 
 
 def _repeated(
-    field: FieldDescriptor, rules: options_pb2.FieldRules, checks: list[Check]
+    field: FieldDescriptor,
+    rules: options_pb2.FieldRules,
+    checks: list[ValueCheck],
+    nested: list[Check],
 ) -> Check | None:
     name = field.name
     required = rules.required
     most = rules.max_items if rules.HasField("max_items") else None
-    if not checks and not required and most is None:
+    check_items = _items(name, checks, nested) if checks or nested else None
+    if check_items is None and not required and most is None:
         return None
 
-    def check(message: Any, path: str, found: list[Violation]) -> None:
+    def check(message: Any, found: list[Violation]) -> None:
         items = getattr(message, name)
         if not items:
             if required:
-                found.append(Violation(_join(path, name), FieldRule.REQUIRED, "must not be empty"))
+                found.append(Violation(name, FieldRule.REQUIRED, "must not be empty"))
             return
         if most is not None and len(items) > most:
-            found.append(
-                Violation(_join(path, name), FieldRule.TOO_MANY, f"has more than {most} items")
-            )
+            found.append(Violation(name, FieldRule.TOO_MANY, f"has more than {most} items"))
             return
-        for index, item in enumerate(items if checks else ()):
-            for inner in checks:
-                inner(item, f"{_join(path, name)}[{index}]", found)
-            if len(found) >= VIOLATIONS_MAX:
-                return
+        if check_items is not None:
+            check_items(items, found)
 
     return check
 
 
-def _value_checks(field: FieldDescriptor, rules: options_pb2.FieldRules) -> list[Check]:
-    checks: list[Check] = []
+def _items(name: str, checks: list[ValueCheck], nested: list[Check]) -> Check:
+    """Makes what checks the items of a repeated field, one by one."""
+
+    def check_items(items: Any, found: list[Violation]) -> None:
+        for index, item in enumerate(items):
+            for inspect in checks:
+                fault = inspect(item)
+                if fault is not None:
+                    found.append(Violation(f"{name}[{index}]", *fault))
+            if nested:
+                _add_nested(nested, item, f"{name}[{index}]", found)
+            if len(found) >= VIOLATIONS_MAX:
+                return
+
+    return check_items
+
+
+def _value_checks(field: FieldDescriptor, rules: options_pb2.FieldRules) -> list[ValueCheck]:
+    checks: list[ValueCheck] = []
     if field.cpp_type in _NUMBERS and (rules.HasField("gte") or rules.HasField("lte")):
         checks.append(_range(rules))
     if rules.HasField("max_bytes"):
@@ -172,52 +219,39 @@ def _value_checks(field: FieldDescriptor, rules: options_pb2.FieldRules) -> list
     return checks
 
 
-def _range(rules: options_pb2.FieldRules) -> Check:
+def _range(rules: options_pb2.FieldRules) -> ValueCheck:
     low = rules.gte if rules.HasField("gte") else float("-inf")
     high = rules.lte if rules.HasField("lte") else float("inf")
-    text = f"must be between {_number(low)} and {_number(high)}"
-
-    def check(value: Any, path: str, found: list[Violation]) -> None:
-        # Written so that not-a-number, which compares false, is refused.
-        if not low <= value <= high:
-            found.append(Violation(path, FieldRule.OUT_OF_RANGE, text))
-
-    return check
+    fault = (FieldRule.OUT_OF_RANGE, f"must be between {_number(low)} and {_number(high)}")
+    # Written so that not-a-number, which compares false, is refused.
+    return lambda value: None if low <= value <= high else fault
 
 
 def _number(value: float) -> str:
     return str(int(value)) if value.is_integer() else str(value)
 
 
-def _length(most: int, *, is_text: bool) -> Check:
-    def check(value: Any, path: str, found: list[Violation]) -> None:
+def _length(most: int, *, is_text: bool) -> ValueCheck:
+    too_long = (FieldRule.TOO_LONG, f"is longer than {most} bytes")
+
+    def check_text(value: str) -> Fault | None:
         # PostgreSQL stores no NUL in a text, and C interfaces end at it.
-        if is_text and "\0" in value:
-            found.append(Violation(path, FieldRule.BAD_FORMAT, "must not contain NUL"))
-            return
+        if "\0" in value:
+            return FieldRule.BAD_FORMAT, "must not contain NUL"
         # A character has at most 4 bytes: most texts need no encoding to be measured.
-        if len(value) * (4 if is_text else 1) <= most:
-            return
-        size = len(value.encode("utf-8")) if is_text else len(value)
-        if size > most:
-            found.append(Violation(path, FieldRule.TOO_LONG, f"is longer than {most} bytes"))
+        if len(value) * 4 <= most or len(value.encode("utf-8")) <= most:
+            return None
+        return too_long
 
-    return check
+    return check_text if is_text else lambda value: too_long if len(value) > most else None
 
 
-def _pattern(pattern: str) -> Check:
-    expression = re.compile(pattern)
-
-    def check(value: Any, path: str, found: list[Violation]) -> None:
-        if expression.fullmatch(value) is None:
-            found.append(Violation(path, FieldRule.BAD_FORMAT, f"must match {pattern}"))
-
-    return check
+def _pattern(pattern: str) -> ValueCheck:
+    matches = re.compile(pattern).fullmatch
+    fault = (FieldRule.BAD_FORMAT, f"must match {pattern}")
+    return lambda value: fault if matches(value) is None else None
 
 
-def _defined(numbers: set[int]) -> Check:
-    def check(value: Any, path: str, found: list[Violation]) -> None:
-        if value not in numbers:
-            found.append(Violation(path, FieldRule.UNKNOWN_ENUM, "is not a known value"))
-
-    return check
+def _defined(numbers: set[int]) -> ValueCheck:
+    fault = (FieldRule.UNKNOWN_ENUM, "is not a known value")
+    return lambda value: None if value in numbers else fault

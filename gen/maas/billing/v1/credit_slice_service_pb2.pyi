@@ -138,6 +138,8 @@ class Settlement(_message.Message):
     END_CAUSE_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_SHA256_FIELD_NUMBER: _builtins.int
     generation_id: _builtins.str
     """Key of the settlement."""
     slice_id: _builtins.str
@@ -156,6 +158,12 @@ class Settlement(_message.Message):
     """"prices/{price}" frozen at admission. The amount is computed from it here."""
     end_cause: _ledger_pb2.EndCause.ValueType
     """How it ended; decides whether it is charged."""
+    request_id: _builtins.str
+    """Idempotency key of the request; empty when it had none."""
+    request_sha256: _builtins.bytes
+    """SHA-256 of what was asked for, with request_id: tells a repeat from a
+    mistake.
+    """
     @_builtins.property
     def usage(self) -> _usage_pb2.TokenUsage:
         """Counts released to the client."""
@@ -183,10 +191,12 @@ class Settlement(_message.Message):
         end_cause: _ledger_pb2.EndCause.ValueType = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
+        request_id: _builtins.str = ...,
+        request_sha256: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "api_key", b"api_key", "end_cause", b"end_cause", "end_time", b"end_time", "generation_id", b"generation_id", "model_version", b"model_version", "offering", b"offering", "price", b"price", "project", b"project", "slice_id", b"slice_id", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "api_key", b"api_key", "end_cause", b"end_cause", "end_time", b"end_time", "generation_id", b"generation_id", "model_version", b"model_version", "offering", b"offering", "price", b"price", "project", b"project", "request_id", b"request_id", "request_sha256", b"request_sha256", "slice_id", b"slice_id", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -227,6 +237,60 @@ class SettleResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SettleResponse: _TypeAlias = SettleResponse  # noqa: Y015
+
+@_typing.final
+class FindSettlementRequest(_message.Message):
+    """Asks for a settlement."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROJECT_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    project: _builtins.str
+    """"projects/{project}" that called."""
+    request_id: _builtins.str
+    """Its idempotency key."""
+    def __init__(
+        self,
+        *,
+        project: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["project", b"project", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindSettlementRequest: _TypeAlias = FindSettlementRequest  # noqa: Y015
+
+@_typing.final
+class FindSettlementResponse(_message.Message):
+    """A settlement, or nothing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USAGE_RECORD_FIELD_NUMBER: _builtins.int
+    REQUEST_SHA256_FIELD_NUMBER: _builtins.int
+    request_sha256: _builtins.bytes
+    """From its settlement."""
+    @_builtins.property
+    def usage_record(self) -> _ledger_pb2.UsageRecord:
+        """The first that was charged; absent when there is none."""
+
+    def __init__(
+        self,
+        *,
+        usage_record: _ledger_pb2.UsageRecord | None = ...,
+        request_sha256: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage_record", b"usage_record"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_sha256", b"request_sha256", "usage_record", b"usage_record"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindSettlementResponse: _TypeAlias = FindSettlementResponse  # noqa: Y015
 
 @_typing.final
 class CloseSlicesRequest(_message.Message):

@@ -47,6 +47,11 @@ class CreditSliceServiceStub(object):
                 request_serializer=maas_dot_billing_dot_v1_dot_credit__slice__service__pb2.SettleRequest.SerializeToString,
                 response_deserializer=maas_dot_billing_dot_v1_dot_credit__slice__service__pb2.SettleResponse.FromString,
                 _registered_method=True)
+        self.FindSettlement = channel.unary_unary(
+                '/maas.billing.v1.CreditSliceService/FindSettlement',
+                request_serializer=maas_dot_billing_dot_v1_dot_credit__slice__service__pb2.FindSettlementRequest.SerializeToString,
+                response_deserializer=maas_dot_billing_dot_v1_dot_credit__slice__service__pb2.FindSettlementResponse.FromString,
+                _registered_method=True)
         self.CloseSlices = channel.unary_unary(
                 '/maas.billing.v1.CreditSliceService/CloseSlices',
                 request_serializer=maas_dot_billing_dot_v1_dot_credit__slice__service__pb2.CloseSlicesRequest.SerializeToString,
@@ -78,6 +83,14 @@ class CreditSliceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FindSettlement(self, request, context):
+        """Finds what a project has been charged for under an idempotency key. Answers
+        from what is settled; a generation that was not charged is not found.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CloseSlices(self, request, context):
         """Gives the rest of slices back. A slice that was never acquired is marked, so
         that a late AcquireSlice for it fails.
@@ -98,6 +111,11 @@ def add_CreditSliceServiceServicer_to_server(servicer, server):
                     servicer.Settle,
                     request_deserializer=maas_dot_billing_dot_v1_dot_credit__slice__service__pb2.SettleRequest.FromString,
                     response_serializer=maas_dot_billing_dot_v1_dot_credit__slice__service__pb2.SettleResponse.SerializeToString,
+            ),
+            'FindSettlement': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindSettlement,
+                    request_deserializer=maas_dot_billing_dot_v1_dot_credit__slice__service__pb2.FindSettlementRequest.FromString,
+                    response_serializer=maas_dot_billing_dot_v1_dot_credit__slice__service__pb2.FindSettlementResponse.SerializeToString,
             ),
             'CloseSlices': grpc.unary_unary_rpc_method_handler(
                     servicer.CloseSlices,
@@ -162,6 +180,33 @@ class CreditSliceService(object):
             '/maas.billing.v1.CreditSliceService/Settle',
             maas_dot_billing_dot_v1_dot_credit__slice__service__pb2.SettleRequest.SerializeToString,
             maas_dot_billing_dot_v1_dot_credit__slice__service__pb2.SettleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindSettlement(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/maas.billing.v1.CreditSliceService/FindSettlement',
+            maas_dot_billing_dot_v1_dot_credit__slice__service__pb2.FindSettlementRequest.SerializeToString,
+            maas_dot_billing_dot_v1_dot_credit__slice__service__pb2.FindSettlementResponse.FromString,
             options,
             channel_credentials,
             insecure,

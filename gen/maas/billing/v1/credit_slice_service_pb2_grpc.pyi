@@ -46,6 +46,10 @@ class CreditSliceServiceStub:
     settled at most once, whatever is repeated; usage record, ledger entries and
     the slice change in one transaction.
     """
+    FindSettlement: _grpc.UnaryUnaryMultiCallable[_credit_slice_service_pb2.FindSettlementRequest, _credit_slice_service_pb2.FindSettlementResponse]
+    """Finds what a project has been charged for under an idempotency key. Answers
+    from what is settled; a generation that was not charged is not found.
+    """
     CloseSlices: _grpc.UnaryUnaryMultiCallable[_credit_slice_service_pb2.CloseSlicesRequest, _credit_slice_service_pb2.CloseSlicesResponse]
     """Gives the rest of slices back. A slice that was never acquired is marked, so
     that a late AcquireSlice for it fails.
@@ -68,6 +72,10 @@ class CreditSliceServiceAsyncStub(CreditSliceServiceStub):
     """Settles generations and renews the leases of slices. Each generation is
     settled at most once, whatever is repeated; usage record, ledger entries and
     the slice change in one transaction.
+    """
+    FindSettlement: _aio.UnaryUnaryMultiCallable[_credit_slice_service_pb2.FindSettlementRequest, _credit_slice_service_pb2.FindSettlementResponse]  # type: ignore[assignment]
+    """Finds what a project has been charged for under an idempotency key. Answers
+    from what is settled; a generation that was not charged is not found.
     """
     CloseSlices: _aio.UnaryUnaryMultiCallable[_credit_slice_service_pb2.CloseSlicesRequest, _credit_slice_service_pb2.CloseSlicesResponse]  # type: ignore[assignment]
     """Gives the rest of slices back. A slice that was never acquired is marked, so
@@ -100,6 +108,16 @@ class CreditSliceServiceServicer(metaclass=_abc_1.ABCMeta):
         """Settles generations and renews the leases of slices. Each generation is
         settled at most once, whatever is repeated; usage record, ledger entries and
         the slice change in one transaction.
+        """
+
+    @_abc_1.abstractmethod
+    def FindSettlement(
+        self,
+        request: _credit_slice_service_pb2.FindSettlementRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_credit_slice_service_pb2.FindSettlementResponse, _abc.Awaitable[_credit_slice_service_pb2.FindSettlementResponse]]:
+        """Finds what a project has been charged for under an idempotency key. Answers
+        from what is settled; a generation that was not charged is not found.
         """
 
     @_abc_1.abstractmethod

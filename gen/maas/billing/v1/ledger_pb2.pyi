@@ -64,6 +64,8 @@ class _EndCauseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndCause.Val
     """The client's deadline passed."""
     END_CAUSE_STALLED: _EndCause.ValueType  # 4
     """The client stopped reading."""
+    END_CAUSE_REVOKED: _EndCause.ValueType  # 5
+    """The client's key was revoked."""
     END_CAUSE_WORKER_LOST: _EndCause.ValueType  # 11
     """The worker was lost. Not charged."""
     END_CAUSE_ENGINE_FAILURE: _EndCause.ValueType  # 12
@@ -86,6 +88,8 @@ END_CAUSE_DEADLINE: EndCause.ValueType  # 3
 """The client's deadline passed."""
 END_CAUSE_STALLED: EndCause.ValueType  # 4
 """The client stopped reading."""
+END_CAUSE_REVOKED: EndCause.ValueType  # 5
+"""The client's key was revoked."""
 END_CAUSE_WORKER_LOST: EndCause.ValueType  # 11
 """The worker was lost. Not charged."""
 END_CAUSE_ENGINE_FAILURE: EndCause.ValueType  # 12
@@ -295,6 +299,7 @@ class UsageRecord(_message.Message):
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     SETTLE_TIME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"accounts/{account}/usageRecords/{generation_id}"."""
     generation_id: _builtins.str
@@ -311,6 +316,8 @@ class UsageRecord(_message.Message):
     """"prices/{price}" frozen at admission."""
     end_cause: Global___EndCause.ValueType
     """How the generation ended."""
+    request_id: _builtins.str
+    """Idempotency key of the request; empty when it had none."""
     @_builtins.property
     def usage(self) -> _usage_pb2.TokenUsage:
         """What was released to the client, whatever the cause of the end."""
@@ -347,10 +354,11 @@ class UsageRecord(_message.Message):
         start_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
         settle_time: _timestamp_pb2.Timestamp | None = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "end_time", b"end_time", "settle_time", b"settle_time", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key", "charge", b"charge", "end_cause", b"end_cause", "end_time", b"end_time", "generation_id", b"generation_id", "model_version", b"model_version", "name", b"name", "offering", b"offering", "price", b"price", "project", b"project", "settle_time", b"settle_time", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key", "charge", b"charge", "end_cause", b"end_cause", "end_time", b"end_time", "generation_id", b"generation_id", "model_version", b"model_version", "name", b"name", "offering", b"offering", "price", b"price", "project", b"project", "request_id", b"request_id", "settle_time", b"settle_time", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -110,6 +110,19 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """ABORTED. CancelGeneration ended the generation. Keys: generationId."""
     ERROR_REASON_ENGINE_FAILURE: _ErrorReason.ValueType  # 103
     """INTERNAL. The engine failed; nothing is charged. Keys: worker."""
+    ERROR_REASON_REPLAY_EXPIRED: _ErrorReason.ValueType  # 104
+    """OUT_OF_RANGE. The frames asked for are not kept any more: the replay window
+    is over, or the generation has outgrown its buffer. Keys: generationId.
+    """
+    ERROR_REASON_GENERATION_SETTLED: _ErrorReason.ValueType  # 105
+    """ALREADY_EXISTS. The request_id was used, and its generation is over, charged
+    and no longer kept. Keys: requestId, generationId, inputTokens, outputTokens,
+    chargeNanos, currency.
+    """
+    ERROR_REASON_NOT_RESUMABLE: _ErrorReason.ValueType  # 106
+    """FAILED_PRECONDITION. The generation keeps no frames: it has neither a
+    request_id nor DISCONNECT_POLICY_CONTINUE. Keys: generationId.
+    """
     ERROR_REASON_SERVICE_UNAVAILABLE: _ErrorReason.ValueType  # 120
     """UNAVAILABLE with RetryInfo. The server starts, stops or has lost something
     that it depends on. Keys: dependency.
@@ -215,6 +228,19 @@ ERROR_REASON_GENERATION_CANCELLED: ErrorReason.ValueType  # 102
 """ABORTED. CancelGeneration ended the generation. Keys: generationId."""
 ERROR_REASON_ENGINE_FAILURE: ErrorReason.ValueType  # 103
 """INTERNAL. The engine failed; nothing is charged. Keys: worker."""
+ERROR_REASON_REPLAY_EXPIRED: ErrorReason.ValueType  # 104
+"""OUT_OF_RANGE. The frames asked for are not kept any more: the replay window
+is over, or the generation has outgrown its buffer. Keys: generationId.
+"""
+ERROR_REASON_GENERATION_SETTLED: ErrorReason.ValueType  # 105
+"""ALREADY_EXISTS. The request_id was used, and its generation is over, charged
+and no longer kept. Keys: requestId, generationId, inputTokens, outputTokens,
+chargeNanos, currency.
+"""
+ERROR_REASON_NOT_RESUMABLE: ErrorReason.ValueType  # 106
+"""FAILED_PRECONDITION. The generation keeps no frames: it has neither a
+request_id nor DISCONNECT_POLICY_CONTINUE. Keys: generationId.
+"""
 ERROR_REASON_SERVICE_UNAVAILABLE: ErrorReason.ValueType  # 120
 """UNAVAILABLE with RetryInfo. The server starts, stops or has lost something
 that it depends on. Keys: dependency.

@@ -27,7 +27,7 @@ from maas.common.v1 import options_pb2 as maas_dot_common_dot_v1_dot_options__pb
 from maas.inference.v1 import generation_pb2 as maas_dot_inference_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmaas/engine/v1/engine.proto\x12\x0emaas.engine.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cmaas/common/v1/options.proto\x1a\"maas/inference/v1/generation.proto\"\x96\x03\n\tExecution\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x1f\n\x0c\x65xecution_id\x18\x02 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \x80\x01\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12 \n\rmodel_version\x18\x04 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12,\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x1c.maas.inference.v1.ChatInputH\x00\x12\x13\n\x04text\x18\x06 \x01(\tB\x03\x80\x01\x01H\x00\x12-\n\x06tokens\x18\x07 \x01(\x0b\x32\x1b.maas.inference.v1.TokenIdsH\x00\x12\x1f\n\x12\x63ontinue_token_ids\x18\x08 \x03(\rB\x03\x80\x01\x01\x12\x34\n\x08sampling\x18\t \x01(\x0b\x32\".maas.inference.v1.SamplingOptions\x12,\n\x04stop\x18\n \x01(\x0b\x32\x1e.maas.inference.v1.StopOptions\x12)\n\x06\x62udget\x18\x0b \x01(\x0b\x32\x19.google.protobuf.DurationB\x07\n\x05input\"\xaf\x01\n\nStepEvents\x12*\n\x08\x61\x63\x63\x65pted\x18\x01 \x03(\x0b\x32\x18.maas.engine.v1.Accepted\x12\r\n\x05lanes\x18\x02 \x03(\r\x12\x14\n\x0ctoken_counts\x18\x03 \x03(\r\x12\x16\n\ttoken_ids\x18\x04 \x03(\rB\x03\x80\x01\x01\x12\x12\n\x05texts\x18\x05 \x03(\tB\x03\x80\x01\x01\x12$\n\x05\x65nded\x18\x06 \x03(\x0b\x32\x15.maas.engine.v1.Ended\".\n\x08\x41\x63\x63\x65pted\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x14\n\x0cinput_tokens\x18\x02 \x01(\r\"j\n\x05\x45nded\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12)\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x1c.maas.inference.v1.OutputEnd\x12(\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x17.maas.engine.v1.Failure\"\xa2\x01\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x37\n\x08metadata\x18\x04 \x03(\x0b\x32%.maas.engine.v1.Failure.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xb7\x01\n\nEngineInfo\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x02 \x01(\t\x12\x16\n\x0emodel_versions\x18\x03 \x03(\t\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\x12\x13\n\x0bmax_running\x18\x05 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x06 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x07 \x01(\r\x12\x0e\n\x06\x64igest\x18\x08 \x01(\t\"\xe2\x01\n\nLoadReport\x12\x14\n\x07running\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07waiting\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x1b\n\x0ewaiting_tokens\x18\x03 \x01(\x04H\x02\x88\x01\x01\x12\x1b\n\x0ekv_used_tokens\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x1c\n\x0fkv_total_tokens\x18\x05 \x01(\x04H\x04\x88\x01\x01\x42\n\n\x08_runningB\n\n\x08_waitingB\x11\n\x0f_waiting_tokensB\x11\n\x0f_kv_used_tokensB\x12\n\x10_kv_total_tokensb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmaas/engine/v1/engine.proto\x12\x0emaas.engine.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cmaas/common/v1/options.proto\x1a\"maas/inference/v1/generation.proto\"\xc9\x03\n\tExecution\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x1f\n\x0c\x65xecution_id\x18\x02 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \x80\x01\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12 \n\rmodel_version\x18\x04 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12,\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x1c.maas.inference.v1.ChatInputH\x00\x12\x13\n\x04text\x18\x06 \x01(\tB\x03\x80\x01\x01H\x00\x12-\n\x06tokens\x18\x07 \x01(\x0b\x32\x1b.maas.inference.v1.TokenIdsH\x00\x12\x1f\n\x12\x63ontinue_token_ids\x18\x08 \x03(\rB\x03\x80\x01\x01\x12\x34\n\x08sampling\x18\t \x01(\x0b\x32\".maas.inference.v1.SamplingOptions\x12,\n\x04stop\x18\n \x01(\x0b\x32\x1e.maas.inference.v1.StopOptions\x12)\n\x06\x62udget\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0c\x63harge_limit\x18\x0c \x01(\x0b\x32\x1b.maas.engine.v1.ChargeLimitB\x07\n\x05input\"t\n\x0b\x43hargeLimit\x12\x1c\n\x05nanos\x18\x01 \x01(\x03\x42\r\x92\xe7\x18\t\x11\x00\x00\x00\x00\x00\x00\x00\x00\x12\"\n\x0binput_price\x18\x02 \x01(\x03\x42\r\x92\xe7\x18\t\x11\x00\x00\x00\x00\x00\x00\x00\x00\x12#\n\x0coutput_price\x18\x03 \x01(\x03\x42\r\x92\xe7\x18\t\x11\x00\x00\x00\x00\x00\x00\x00\x00\"\xaf\x01\n\nStepEvents\x12*\n\x08\x61\x63\x63\x65pted\x18\x01 \x03(\x0b\x32\x18.maas.engine.v1.Accepted\x12\r\n\x05lanes\x18\x02 \x03(\r\x12\x14\n\x0ctoken_counts\x18\x03 \x03(\r\x12\x16\n\ttoken_ids\x18\x04 \x03(\rB\x03\x80\x01\x01\x12\x12\n\x05texts\x18\x05 \x03(\tB\x03\x80\x01\x01\x12$\n\x05\x65nded\x18\x06 \x03(\x0b\x32\x15.maas.engine.v1.Ended\".\n\x08\x41\x63\x63\x65pted\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x14\n\x0cinput_tokens\x18\x02 \x01(\r\"j\n\x05\x45nded\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12)\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x1c.maas.inference.v1.OutputEnd\x12(\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x17.maas.engine.v1.Failure\"\xa2\x01\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x37\n\x08metadata\x18\x04 \x03(\x0b\x32%.maas.engine.v1.Failure.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xb7\x01\n\nEngineInfo\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x02 \x01(\t\x12\x16\n\x0emodel_versions\x18\x03 \x03(\t\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\x12\x13\n\x0bmax_running\x18\x05 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x06 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x07 \x01(\r\x12\x0e\n\x06\x64igest\x18\x08 \x01(\t\"\xe2\x01\n\nLoadReport\x12\x14\n\x07running\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07waiting\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x1b\n\x0ewaiting_tokens\x18\x03 \x01(\x04H\x02\x88\x01\x01\x12\x1b\n\x0ekv_used_tokens\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x1c\n\x0fkv_total_tokens\x18\x05 \x01(\x04H\x04\x88\x01\x01\x42\n\n\x08_runningB\n\n\x08_waitingB\x11\n\x0f_waiting_tokensB\x11\n\x0f_kv_used_tokensB\x12\n\x10_kv_total_tokensb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,6 +42,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXECUTION'].fields_by_name['text']._serialized_options = b'\200\001\001'
   _globals['_EXECUTION'].fields_by_name['continue_token_ids']._loaded_options = None
   _globals['_EXECUTION'].fields_by_name['continue_token_ids']._serialized_options = b'\200\001\001'
+  _globals['_CHARGELIMIT'].fields_by_name['nanos']._loaded_options = None
+  _globals['_CHARGELIMIT'].fields_by_name['nanos']._serialized_options = b'\222\347\030\t\021\000\000\000\000\000\000\000\000'
+  _globals['_CHARGELIMIT'].fields_by_name['input_price']._loaded_options = None
+  _globals['_CHARGELIMIT'].fields_by_name['input_price']._serialized_options = b'\222\347\030\t\021\000\000\000\000\000\000\000\000'
+  _globals['_CHARGELIMIT'].fields_by_name['output_price']._loaded_options = None
+  _globals['_CHARGELIMIT'].fields_by_name['output_price']._serialized_options = b'\222\347\030\t\021\000\000\000\000\000\000\000\000'
   _globals['_STEPEVENTS'].fields_by_name['token_ids']._loaded_options = None
   _globals['_STEPEVENTS'].fields_by_name['token_ids']._serialized_options = b'\200\001\001'
   _globals['_STEPEVENTS'].fields_by_name['texts']._loaded_options = None
@@ -49,19 +55,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FAILURE_METADATAENTRY']._loaded_options = None
   _globals['_FAILURE_METADATAENTRY']._serialized_options = b'8\001'
   _globals['_EXECUTION']._serialized_start=146
-  _globals['_EXECUTION']._serialized_end=552
-  _globals['_STEPEVENTS']._serialized_start=555
-  _globals['_STEPEVENTS']._serialized_end=730
-  _globals['_ACCEPTED']._serialized_start=732
-  _globals['_ACCEPTED']._serialized_end=778
-  _globals['_ENDED']._serialized_start=780
-  _globals['_ENDED']._serialized_end=886
-  _globals['_FAILURE']._serialized_start=889
-  _globals['_FAILURE']._serialized_end=1051
-  _globals['_FAILURE_METADATAENTRY']._serialized_start=1004
-  _globals['_FAILURE_METADATAENTRY']._serialized_end=1051
-  _globals['_ENGINEINFO']._serialized_start=1054
-  _globals['_ENGINEINFO']._serialized_end=1237
-  _globals['_LOADREPORT']._serialized_start=1240
-  _globals['_LOADREPORT']._serialized_end=1466
+  _globals['_EXECUTION']._serialized_end=603
+  _globals['_CHARGELIMIT']._serialized_start=605
+  _globals['_CHARGELIMIT']._serialized_end=721
+  _globals['_STEPEVENTS']._serialized_start=724
+  _globals['_STEPEVENTS']._serialized_end=899
+  _globals['_ACCEPTED']._serialized_start=901
+  _globals['_ACCEPTED']._serialized_end=947
+  _globals['_ENDED']._serialized_start=949
+  _globals['_ENDED']._serialized_end=1055
+  _globals['_FAILURE']._serialized_start=1058
+  _globals['_FAILURE']._serialized_end=1220
+  _globals['_FAILURE_METADATAENTRY']._serialized_start=1173
+  _globals['_FAILURE_METADATAENTRY']._serialized_end=1220
+  _globals['_ENGINEINFO']._serialized_start=1223
+  _globals['_ENGINEINFO']._serialized_end=1406
+  _globals['_LOADREPORT']._serialized_start=1409
+  _globals['_LOADREPORT']._serialized_end=1635
 # @@protoc_insertion_point(module_scope)

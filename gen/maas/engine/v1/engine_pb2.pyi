@@ -37,6 +37,7 @@ class Execution(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     BUDGET_FIELD_NUMBER: _builtins.int
+    CHARGE_LIMIT_FIELD_NUMBER: _builtins.int
     lane: _builtins.int
     """Chosen by the gateway, unique among the running executions of the stream;
     free again once Ended has come.
@@ -77,6 +78,12 @@ class Execution(_message.Message):
     def budget(self) -> _duration_pb2.Duration:
         """Time left until the deadline of the call. Absent: none."""
 
+    @_builtins.property
+    def charge_limit(self) -> Global___ChargeLimit:
+        """Most that the generation may cost. Here, because only the worker knows the
+        tokens of the prompt before the engine starts. Absent: no limit.
+        """
+
     def __init__(
         self,
         *,
@@ -91,16 +98,50 @@ class Execution(_message.Message):
         sampling: _generation_pb2.SamplingOptions | None = ...,
         stop: _generation_pb2.StopOptions | None = ...,
         budget: _duration_pb2.Duration | None = ...,
+        charge_limit: Global___ChargeLimit | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "chat", b"chat", "input", b"input", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "charge_limit", b"charge_limit", "chat", b"chat", "input", b"input", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "chat", b"chat", "continue_token_ids", b"continue_token_ids", "epoch", b"epoch", "execution_id", b"execution_id", "input", b"input", "lane", b"lane", "model_version", b"model_version", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "charge_limit", b"charge_limit", "chat", b"chat", "continue_token_ids", b"continue_token_ids", "epoch", b"epoch", "execution_id", b"execution_id", "input", b"input", "lane", b"lane", "model_version", b"model_version", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["chat", "text", "tokens"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
 Global___Execution: _TypeAlias = Execution  # noqa: Y015
+
+@_typing.final
+class ChargeLimit(_message.Message):
+    """A bound on ceil(input_tokens * input_price / 10^6) + ceil(output_tokens *
+    output_price / 10^6). The output ends with FINISH_REASON_CHARGE_LIMIT where it
+    would be exceeded; a prompt that leaves no room for one token is refused.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NANOS_FIELD_NUMBER: _builtins.int
+    INPUT_PRICE_FIELD_NUMBER: _builtins.int
+    OUTPUT_PRICE_FIELD_NUMBER: _builtins.int
+    nanos: _builtins.int
+    """The bound, in nanos."""
+    input_price: _builtins.int
+    """Nanos per million input tokens."""
+    output_price: _builtins.int
+    """Nanos per million output tokens."""
+    def __init__(
+        self,
+        *,
+        nanos: _builtins.int = ...,
+        input_price: _builtins.int = ...,
+        output_price: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_price", b"input_price", "nanos", b"nanos", "output_price", b"output_price"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChargeLimit: _TypeAlias = ChargeLimit  # noqa: Y015
 
 @_typing.final
 class StepEvents(_message.Message):

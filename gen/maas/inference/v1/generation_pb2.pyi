@@ -67,6 +67,8 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """max_output_tokens are reached."""
     FINISH_REASON_CONTEXT_FULL: _FinishReason.ValueType  # 4
     """The context window is full."""
+    FINISH_REASON_CHARGE_LIMIT: _FinishReason.ValueType  # 7
+    """One more token would cost more than max_charge."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """Why an output ended. Readers treat an unknown value as a normal end."""
@@ -81,6 +83,8 @@ FINISH_REASON_MAX_TOKENS: FinishReason.ValueType  # 3
 """max_output_tokens are reached."""
 FINISH_REASON_CONTEXT_FULL: FinishReason.ValueType  # 4
 """The context window is full."""
+FINISH_REASON_CHARGE_LIMIT: FinishReason.ValueType  # 7
+"""One more token would cost more than max_charge."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
@@ -96,6 +100,7 @@ class GenerationSpec(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
+    MAX_CHARGE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Offering to call: its id, or "offerings/{offering}"."""
     text: _builtins.str
@@ -120,6 +125,13 @@ class GenerationSpec(_message.Message):
     def output(self) -> Global___OutputOptions:
         """What comes back besides text."""
 
+    @_builtins.property
+    def max_charge(self) -> _money_pb2.Money:
+        """Most that the generation may cost, in the currency of its price. The output
+        ends with FINISH_REASON_CHARGE_LIMIT before the token that would exceed it;
+        refused when the prompt and one token would. Absent: no limit.
+        """
+
     def __init__(
         self,
         *,
@@ -130,10 +142,11 @@ class GenerationSpec(_message.Message):
         sampling: Global___SamplingOptions | None = ...,
         stop: Global___StopOptions | None = ...,
         output: Global___OutputOptions | None = ...,
+        max_charge: _money_pb2.Money | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "output", b"output", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "max_charge", b"max_charge", "output", b"output", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "model", b"model", "output", b"output", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "max_charge", b"max_charge", "model", b"model", "output", b"output", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["chat", "text", "tokens"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
@@ -367,9 +380,14 @@ class GenerationFrame(_message.Message):
     STARTED_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    FIRST_SEQUENCE_FIELD_NUMBER: _builtins.int
     OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """1, 2, 3, ... in the order of frames."""
+    """1, 2, 3, ... in the order of frames; goes on after a reconnection."""
+    first_sequence: _builtins.int
+    """In a replay several deltas may come as one: then this is the number of the
+    first of them, and sequence that of the last. Zero otherwise.
+    """
     output_tokens: _builtins.int
     """Output tokens of this frame and all before it: what would be charged if the
     stream ended here.
@@ -393,11 +411,12 @@ class GenerationFrame(_message.Message):
         started: Global___Started | None = ...,
         delta: Global___Delta | None = ...,
         finished: Global___Finished | None = ...,
+        first_sequence: _builtins.int = ...,
         output_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "output_tokens", b"output_tokens", "sequence", b"sequence", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "first_sequence", b"first_sequence", "output_tokens", b"output_tokens", "sequence", b"sequence", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "delta", "finished"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
@@ -417,8 +436,11 @@ class Started(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     INPUT_TOKENS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
     generation_id: _builtins.str
-    """Names the generation in usage records, logs and CancelGeneration."""
+    """Names the generation in usage records, logs, ResumeGeneration and
+    CancelGeneration.
+    """
     offering: _builtins.str
     """"offerings/{offering}" that was called."""
     model_version: _builtins.str
@@ -427,6 +449,10 @@ class Started(_message.Message):
     """Exact tokens of the rendered prompt."""
     seed: _builtins.int
     """Seed in use, given or picked."""
+    replayed: _builtins.bool
+    """The request repeats a request_id: this generation was started by the first
+    one, and its frames are replayed.
+    """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When the generation was admitted."""
@@ -440,10 +466,11 @@ class Started(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         input_tokens: _builtins.int = ...,
         seed: _builtins.int = ...,
+        replayed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "generation_id", b"generation_id", "input_tokens", b"input_tokens", "model_version", b"model_version", "offering", b"offering", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "generation_id", b"generation_id", "input_tokens", b"input_tokens", "model_version", b"model_version", "offering", b"offering", "replayed", b"replayed", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,7 +4,9 @@ isort:skip_file
 """
 
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from maas.inference.v1 import generation_pb2 as _generation_pb2
 import builtins as _builtins
 import sys
@@ -17,6 +19,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _DisconnectPolicy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DisconnectPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DisconnectPolicy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DISCONNECT_POLICY_UNSPECIFIED: _DisconnectPolicy.ValueType  # 0
+    """As DISCONNECT_POLICY_CANCEL."""
+    DISCONNECT_POLICY_CANCEL: _DisconnectPolicy.ValueType  # 1
+    """It stops."""
+    DISCONNECT_POLICY_CONTINUE: _DisconnectPolicy.ValueType  # 2
+    """It goes on to its end without a reader; its frames wait for
+    ResumeGeneration, or for a repeat of the request_id.
+    """
+
+class DisconnectPolicy(_DisconnectPolicy, metaclass=_DisconnectPolicyEnumTypeWrapper):
+    """Fate of a generation whose caller has left."""
+
+DISCONNECT_POLICY_UNSPECIFIED: DisconnectPolicy.ValueType  # 0
+"""As DISCONNECT_POLICY_CANCEL."""
+DISCONNECT_POLICY_CANCEL: DisconnectPolicy.ValueType  # 1
+"""It stops."""
+DISCONNECT_POLICY_CONTINUE: DisconnectPolicy.ValueType  # 2
+"""It goes on to its end without a reader; its frames wait for
+ResumeGeneration, or for a repeat of the request_id.
+"""
+Global___DisconnectPolicy: _TypeAlias = DisconnectPolicy  # noqa: Y015
+
 @_typing.final
 class GenerateRequest(_message.Message):
     """Asks for a whole result."""
@@ -24,6 +54,12 @@ class GenerateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SPEC_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ON_DISCONNECT_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Idempotency key, best a UUID; see StreamGenerateRequest."""
+    on_disconnect: Global___DisconnectPolicy.ValueType
+    """What happens when the call is cancelled or its connection breaks."""
     @_builtins.property
     def spec(self) -> _generation_pb2.GenerationSpec:
         """What to generate."""
@@ -32,10 +68,12 @@ class GenerateRequest(_message.Message):
         self,
         *,
         spec: _generation_pb2.GenerationSpec | None = ...,
+        request_id: _builtins.str = ...,
+        on_disconnect: Global___DisconnectPolicy.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["on_disconnect", b"on_disconnect", "request_id", b"request_id", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -72,22 +110,71 @@ class StreamGenerateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SPEC_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    STREAM_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Idempotency key, best a UUID. A repeat with the same spec by the same project
+    joins the first generation and gets all its frames from the first one on;
+    once they are gone it is refused with ALREADY_EXISTS / GENERATION_SETTLED,
+    which says what was charged. With another spec: REQUEST_ID_REUSED. A
+    generation that ended by our fault, and so free of charge, is not repeated:
+    the next request with its key runs anew.
+    """
     @_builtins.property
     def spec(self) -> _generation_pb2.GenerationSpec:
         """What to generate."""
+
+    @_builtins.property
+    def stream(self) -> Global___StreamOptions:
+        """How frames are delivered."""
 
     def __init__(
         self,
         *,
         spec: _generation_pb2.GenerationSpec | None = ...,
+        request_id: _builtins.str = ...,
+        stream: Global___StreamOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec", "stream", b"stream"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "spec", b"spec", "stream", b"stream"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StreamGenerateRequest: _TypeAlias = StreamGenerateRequest  # noqa: Y015
+
+@_typing.final
+class StreamOptions(_message.Message):
+    """Delivery of a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FRAME_INTERVAL_FIELD_NUMBER: _builtins.int
+    ON_DISCONNECT_FIELD_NUMBER: _builtins.int
+    on_disconnect: Global___DisconnectPolicy.ValueType
+    """What happens when the call is cancelled, its connection breaks, its deadline
+    passes or it does not read.
+    """
+    @_builtins.property
+    def frame_interval(self) -> _duration_pb2.Duration:
+        """Collect output for this long before a frame is sent, at most one second: less
+        work for both sides, and later text. Absent or zero: a frame is sent at
+        once, with all that has gathered while the connection was busy.
+        """
+
+    def __init__(
+        self,
+        *,
+        frame_interval: _duration_pb2.Duration | None = ...,
+        on_disconnect: Global___DisconnectPolicy.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["frame_interval", b"frame_interval"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame_interval", b"frame_interval", "on_disconnect", b"on_disconnect"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamOptions: _TypeAlias = StreamOptions  # noqa: Y015
 
 @_typing.final
 class StreamGenerateResponse(_message.Message):
@@ -112,6 +199,62 @@ class StreamGenerateResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StreamGenerateResponse: _TypeAlias = StreamGenerateResponse  # noqa: Y015
+
+@_typing.final
+class ResumeGenerationRequest(_message.Message):
+    """Asks for the rest of a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_ID_FIELD_NUMBER: _builtins.int
+    AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    FRAME_INTERVAL_FIELD_NUMBER: _builtins.int
+    generation_id: _builtins.str
+    """From Started."""
+    after_sequence: _builtins.int
+    """Sequence of the last frame that the caller has; 0 for all frames."""
+    @_builtins.property
+    def frame_interval(self) -> _duration_pb2.Duration:
+        """As in StreamOptions."""
+
+    def __init__(
+        self,
+        *,
+        generation_id: _builtins.str = ...,
+        after_sequence: _builtins.int = ...,
+        frame_interval: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["frame_interval", b"frame_interval"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "frame_interval", b"frame_interval", "generation_id", b"generation_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeGenerationRequest: _TypeAlias = ResumeGenerationRequest  # noqa: Y015
+
+@_typing.final
+class ResumeGenerationResponse(_message.Message):
+    """One message of the stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FRAME_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def frame(self) -> _generation_pb2.GenerationFrame:
+        """The frame."""
+
+    def __init__(
+        self,
+        *,
+        frame: _generation_pb2.GenerationFrame | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeGenerationResponse: _TypeAlias = ResumeGenerationResponse  # noqa: Y015
 
 @_typing.final
 class CancelGenerationRequest(_message.Message):

@@ -45,6 +45,11 @@ class GenerationServiceStub(object):
                 request_serializer=maas_dot_inference_dot_v1_dot_generation__service__pb2.StreamGenerateRequest.SerializeToString,
                 response_deserializer=maas_dot_inference_dot_v1_dot_generation__service__pb2.StreamGenerateResponse.FromString,
                 _registered_method=True)
+        self.ResumeGeneration = channel.unary_stream(
+                '/maas.inference.v1.GenerationService/ResumeGeneration',
+                request_serializer=maas_dot_inference_dot_v1_dot_generation__service__pb2.ResumeGenerationRequest.SerializeToString,
+                response_deserializer=maas_dot_inference_dot_v1_dot_generation__service__pb2.ResumeGenerationResponse.FromString,
+                _registered_method=True)
         self.CancelGeneration = channel.unary_unary(
                 '/maas.inference.v1.GenerationService/CancelGeneration',
                 request_serializer=maas_dot_inference_dot_v1_dot_generation__service__pb2.CancelGenerationRequest.SerializeToString,
@@ -65,15 +70,28 @@ class GenerationServiceServicer(object):
 
     def StreamGenerate(self, request, context):
         """Generates and streams the result as it is made. Cancelling the call stops
-        the generation; what was released until then is charged.
+        the generation unless on_disconnect says otherwise; what was released until
+        then is charged.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeGeneration(self, request, context):
+        """Streams the frames of a generation behind a sequence number: first what was
+        missed, then what is new. For generations of the caller's project that have
+        a request_id or DISCONNECT_POLICY_CONTINUE, until the replay window after
+        their end is over; then OUT_OF_RANGE / REPLAY_EXPIRED. Any number of readers
+        may attach.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelGeneration(self, request, context):
-        """Stops a running generation of the caller's project. Its call ends with
-        ABORTED / GENERATION_CANCELLED; what was released until then is charged.
+        """Stops a generation of the caller's project. Its calls end with ABORTED /
+        GENERATION_CANCELLED; what was released until then is charged. Stopping what
+        has just ended changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -91,6 +109,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.StreamGenerate,
                     request_deserializer=maas_dot_inference_dot_v1_dot_generation__service__pb2.StreamGenerateRequest.FromString,
                     response_serializer=maas_dot_inference_dot_v1_dot_generation__service__pb2.StreamGenerateResponse.SerializeToString,
+            ),
+            'ResumeGeneration': grpc.unary_stream_rpc_method_handler(
+                    servicer.ResumeGeneration,
+                    request_deserializer=maas_dot_inference_dot_v1_dot_generation__service__pb2.ResumeGenerationRequest.FromString,
+                    response_serializer=maas_dot_inference_dot_v1_dot_generation__service__pb2.ResumeGenerationResponse.SerializeToString,
             ),
             'CancelGeneration': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelGeneration,
@@ -153,6 +176,33 @@ class GenerationService(object):
             '/maas.inference.v1.GenerationService/StreamGenerate',
             maas_dot_inference_dot_v1_dot_generation__service__pb2.StreamGenerateRequest.SerializeToString,
             maas_dot_inference_dot_v1_dot_generation__service__pb2.StreamGenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeGeneration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/maas.inference.v1.GenerationService/ResumeGeneration',
+            maas_dot_inference_dot_v1_dot_generation__service__pb2.ResumeGenerationRequest.SerializeToString,
+            maas_dot_inference_dot_v1_dot_generation__service__pb2.ResumeGenerationResponse.FromString,
             options,
             channel_credentials,
             insecure,

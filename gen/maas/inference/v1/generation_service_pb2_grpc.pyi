@@ -37,11 +37,20 @@ class GenerationServiceStub:
     """Generates and answers with the whole result."""
     StreamGenerate: _grpc.UnaryStreamMultiCallable[_generation_service_pb2.StreamGenerateRequest, _generation_service_pb2.StreamGenerateResponse]
     """Generates and streams the result as it is made. Cancelling the call stops
-    the generation; what was released until then is charged.
+    the generation unless on_disconnect says otherwise; what was released until
+    then is charged.
+    """
+    ResumeGeneration: _grpc.UnaryStreamMultiCallable[_generation_service_pb2.ResumeGenerationRequest, _generation_service_pb2.ResumeGenerationResponse]
+    """Streams the frames of a generation behind a sequence number: first what was
+    missed, then what is new. For generations of the caller's project that have
+    a request_id or DISCONNECT_POLICY_CONTINUE, until the replay window after
+    their end is over; then OUT_OF_RANGE / REPLAY_EXPIRED. Any number of readers
+    may attach.
     """
     CancelGeneration: _grpc.UnaryUnaryMultiCallable[_generation_service_pb2.CancelGenerationRequest, _generation_service_pb2.CancelGenerationResponse]
-    """Stops a running generation of the caller's project. Its call ends with
-    ABORTED / GENERATION_CANCELLED; what was released until then is charged.
+    """Stops a generation of the caller's project. Its calls end with ABORTED /
+    GENERATION_CANCELLED; what was released until then is charged. Stopping what
+    has just ended changes nothing.
     """
 
 @_typing.type_check_only
@@ -53,11 +62,20 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """Generates and answers with the whole result."""
     StreamGenerate: _aio.UnaryStreamMultiCallable[_generation_service_pb2.StreamGenerateRequest, _generation_service_pb2.StreamGenerateResponse]  # type: ignore[assignment]
     """Generates and streams the result as it is made. Cancelling the call stops
-    the generation; what was released until then is charged.
+    the generation unless on_disconnect says otherwise; what was released until
+    then is charged.
+    """
+    ResumeGeneration: _aio.UnaryStreamMultiCallable[_generation_service_pb2.ResumeGenerationRequest, _generation_service_pb2.ResumeGenerationResponse]  # type: ignore[assignment]
+    """Streams the frames of a generation behind a sequence number: first what was
+    missed, then what is new. For generations of the caller's project that have
+    a request_id or DISCONNECT_POLICY_CONTINUE, until the replay window after
+    their end is over; then OUT_OF_RANGE / REPLAY_EXPIRED. Any number of readers
+    may attach.
     """
     CancelGeneration: _aio.UnaryUnaryMultiCallable[_generation_service_pb2.CancelGenerationRequest, _generation_service_pb2.CancelGenerationResponse]  # type: ignore[assignment]
-    """Stops a running generation of the caller's project. Its call ends with
-    ABORTED / GENERATION_CANCELLED; what was released until then is charged.
+    """Stops a generation of the caller's project. Its calls end with ABORTED /
+    GENERATION_CANCELLED; what was released until then is charged. Stopping what
+    has just ended changes nothing.
     """
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -78,7 +96,21 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_service_pb2.StreamGenerateResponse], _abc.AsyncIterator[_generation_service_pb2.StreamGenerateResponse]]:
         """Generates and streams the result as it is made. Cancelling the call stops
-        the generation; what was released until then is charged.
+        the generation unless on_disconnect says otherwise; what was released until
+        then is charged.
+        """
+
+    @_abc_1.abstractmethod
+    def ResumeGeneration(
+        self,
+        request: _generation_service_pb2.ResumeGenerationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_generation_service_pb2.ResumeGenerationResponse], _abc.AsyncIterator[_generation_service_pb2.ResumeGenerationResponse]]:
+        """Streams the frames of a generation behind a sequence number: first what was
+        missed, then what is new. For generations of the caller's project that have
+        a request_id or DISCONNECT_POLICY_CONTINUE, until the replay window after
+        their end is over; then OUT_OF_RANGE / REPLAY_EXPIRED. Any number of readers
+        may attach.
         """
 
     @_abc_1.abstractmethod
@@ -87,8 +119,9 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_service_pb2.CancelGenerationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_service_pb2.CancelGenerationResponse, _abc.Awaitable[_generation_service_pb2.CancelGenerationResponse]]:
-        """Stops a running generation of the caller's project. Its call ends with
-        ABORTED / GENERATION_CANCELLED; what was released until then is charged.
+        """Stops a generation of the caller's project. Its calls end with ABORTED /
+        GENERATION_CANCELLED; what was released until then is charged. Stopping what
+        has just ended changes nothing.
         """
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

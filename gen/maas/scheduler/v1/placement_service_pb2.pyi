@@ -30,6 +30,7 @@ class AcquireSlotRequest(_message.Message):
     PROJECT_FIELD_NUMBER: _builtins.int
     EXCLUDE_WORKERS_FIELD_NUMBER: _builtins.int
     MAX_WAIT_FIELD_NUMBER: _builtins.int
+    SPARE_EXECUTION_IDS_FIELD_NUMBER: _builtins.int
     execution_id: _builtins.str
     """Execution that will run on it; the worker reports under this id."""
     model_version: _builtins.str
@@ -44,6 +45,13 @@ class AcquireSlotRequest(_message.Message):
     def max_wait(self) -> _duration_pb2.Duration:
         """Longest wait in the queue; QUEUE_TIMEOUT afterwards. 30 seconds when absent."""
 
+    @_builtins.property
+    def spare_execution_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Executions that may come soon. Those for which there is ample room get slots
+        too, so that they start without asking; the others get none, and none of
+        them waits.
+        """
+
     def __init__(
         self,
         *,
@@ -52,10 +60,11 @@ class AcquireSlotRequest(_message.Message):
         project: _builtins.str = ...,
         exclude_workers: _abc.Iterable[_builtins.str] | None = ...,
         max_wait: _duration_pb2.Duration | None = ...,
+        spare_execution_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["max_wait", b"max_wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exclude_workers", b"exclude_workers", "execution_id", b"execution_id", "max_wait", b"max_wait", "model_version", b"model_version", "project", b"project"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exclude_workers", b"exclude_workers", "execution_id", b"execution_id", "max_wait", b"max_wait", "model_version", b"model_version", "project", b"project", "spare_execution_ids", b"spare_execution_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -72,6 +81,7 @@ class AcquireSlotResponse(_message.Message):
     FALLBACKS_FIELD_NUMBER: _builtins.int
     START_WITHIN_FIELD_NUMBER: _builtins.int
     QUEUED_FIELD_NUMBER: _builtins.int
+    SPARES_FIELD_NUMBER: _builtins.int
     slot_id: _builtins.str
     """Made by the scheduler."""
     @_builtins.property
@@ -94,6 +104,10 @@ class AcquireSlotResponse(_message.Message):
     def queued(self) -> _duration_pb2.Duration:
         """Time spent in the queue."""
 
+    @_builtins.property
+    def spares(self) -> _containers.RepeatedCompositeFieldContainer[Global___SpareSlot]:
+        """Slots for the first of spare_execution_ids, under the same start_within."""
+
     def __init__(
         self,
         *,
@@ -102,14 +116,47 @@ class AcquireSlotResponse(_message.Message):
         fallbacks: _abc.Iterable[Global___SlotTarget] | None = ...,
         start_within: _duration_pb2.Duration | None = ...,
         queued: _duration_pb2.Duration | None = ...,
+        spares: _abc.Iterable[Global___SpareSlot] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["queued", b"queued", "start_within", b"start_within", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fallbacks", b"fallbacks", "queued", b"queued", "slot_id", b"slot_id", "start_within", b"start_within", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fallbacks", b"fallbacks", "queued", b"queued", "slot_id", b"slot_id", "spares", b"spares", "start_within", b"start_within", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AcquireSlotResponse: _TypeAlias = AcquireSlotResponse  # noqa: Y015
+
+@_typing.final
+class SpareSlot(_message.Message):
+    """A slot for an execution that may come."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOT_ID_FIELD_NUMBER: _builtins.int
+    EXECUTION_ID_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    slot_id: _builtins.str
+    """Made by the scheduler."""
+    execution_id: _builtins.str
+    """One of spare_execution_ids."""
+    @_builtins.property
+    def target(self) -> Global___SlotTarget:
+        """Where to run."""
+
+    def __init__(
+        self,
+        *,
+        slot_id: _builtins.str = ...,
+        execution_id: _builtins.str = ...,
+        target: Global___SlotTarget | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["execution_id", b"execution_id", "slot_id", b"slot_id", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SpareSlot: _TypeAlias = SpareSlot  # noqa: Y015
 
 @_typing.final
 class SlotTarget(_message.Message):
