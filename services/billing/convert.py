@@ -30,6 +30,7 @@ from services.billing.domain import (
 )
 
 _VIOLATIONS_MAX = 16
+_SHA256_BYTES = 32
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _KIND_TO_PB = {
     EntryKind.GRANT: ledger_pb2.ENTRY_KIND_GRANT,
@@ -65,6 +66,15 @@ def offering_id_of(name: str, field: str) -> str:
         InvalidArgument: it is none.
     """
     return ids_of(name, "offerings/*", field)[0]
+
+
+def project_id_of(name: str, field: str) -> str:
+    """Reads the name of a project.
+
+    Raises:
+        InvalidArgument: it is none.
+    """
+    return ids_of(name, "projects/*", field)[0]
 
 
 def price_id_of(name: str, field: str) -> str:
@@ -296,7 +306,7 @@ def _settlement_from_pb(message: credit_slice_service_pb2.Settlement) -> Settlem
         generation_id=text_of(message.generation_id, "generation_id"),
         slice_id=text_of(message.slice_id, "slice_id"),
         account_id=account_id_of(message.account, "account"),
-        project_id=ids_of(message.project, "projects/*", "project")[0],
+        project_id=project_id_of(message.project, "project"),
         api_key_id=ids_of(message.api_key, "apiKeys/*", "api_key")[0],
         offering_id=offering_id_of(message.offering, "offering"),
         model_id=model_id,
@@ -307,7 +317,22 @@ def _settlement_from_pb(message: credit_slice_service_pb2.Settlement) -> Settlem
         end_cause=_END_CAUSES[message.end_cause],
         start_time=time_from_pb(message.start_time, "start_time"),
         end_time=time_from_pb(message.end_time, "end_time"),
+        request_id=text_of(message.request_id, "request_id"),
+        request_sha256=_request_sha256(message),
     )
+
+
+def _request_sha256(message: credit_slice_service_pb2.Settlement) -> bytes:
+    digest = message.request_sha256
+    if digest and len(digest) != _SHA256_BYTES:
+        raise invalid_field(
+            "request_sha256", FieldRule.BAD_FORMAT, f"must be {_SHA256_BYTES} bytes or empty"
+        )
+    if digest and not message.request_id:
+        raise invalid_field(
+            "request_sha256", FieldRule.CONFLICTING, "must be empty without request_id"
+        )
+    return digest
 
 
 def _tokens(count: int, field: str) -> int:
@@ -335,4 +360,5 @@ def record_to_pb(record: UsageRecord) -> ledger_pb2.UsageRecord:
         start_time=time_to_pb(told.start_time),
         end_time=time_to_pb(told.end_time),
         settle_time=time_to_pb(record.settle_time),
+        request_id=told.request_id,
     )

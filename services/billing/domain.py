@@ -58,6 +58,7 @@ class EndCause(enum.Enum):
     CLIENT_CANCELLED = 2
     DEADLINE = 3
     STALLED = 4
+    REVOKED = 5
     WORKER_LOST = 11
     ENGINE_FAILURE = 12
     GATEWAY_LOST = 13
@@ -69,7 +70,13 @@ class EndCause(enum.Enum):
 
 
 _CHARGED = frozenset(
-    {EndCause.COMPLETED, EndCause.CLIENT_CANCELLED, EndCause.DEADLINE, EndCause.STALLED}
+    {
+        EndCause.COMPLETED,
+        EndCause.CLIENT_CANCELLED,
+        EndCause.DEADLINE,
+        EndCause.STALLED,
+        EndCause.REVOKED,
+    }
 )
 
 
@@ -212,7 +219,12 @@ class Slice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settlement:
-    """One generation that has ended, as the gateway tells it. Ids are the parts of names."""
+    """One generation that has ended, as the gateway tells it. Ids are the parts of names.
+
+    Attributes:
+        request_id: the client's idempotency key; empty when it gave none.
+        request_sha256: of what was asked for, 32 bytes; empty when it is not known.
+    """
 
     generation_id: str
     slice_id: str
@@ -228,6 +240,8 @@ class Settlement:
     end_cause: EndCause
     start_time: datetime
     end_time: datetime
+    request_id: str = ""
+    request_sha256: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

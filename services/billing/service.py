@@ -254,6 +254,22 @@ class CreditSliceService(credit_slice_service_pb2_grpc.CreditSliceServiceService
         )
 
     @override
+    async def FindSettlement(
+        self, request: slice_pb.FindSettlementRequest, _: Context
+    ) -> slice_pb.FindSettlementResponse:
+        """Finds what was charged under an idempotency key."""
+        found = await self._settlements.find_charged(
+            convert.project_id_of(request.project, "project"),
+            convert.text_of(request.request_id, "request_id"),
+        )
+        if found is None:
+            return slice_pb.FindSettlementResponse()
+        return slice_pb.FindSettlementResponse(
+            usage_record=convert.record_to_pb(found),
+            request_sha256=found.settlement.request_sha256,
+        )
+
+    @override
     async def CloseSlices(
         self, request: slice_pb.CloseSlicesRequest, _: Context
     ) -> slice_pb.CloseSlicesResponse:

@@ -59,6 +59,7 @@ gateway = "{state}/gateway.sha256"
 "maas.billing.v1.PriceService/WatchPrices" = ["gateway"]
 "maas.billing.v1.CreditSliceService/AcquireSlice" = ["gateway"]
 "maas.billing.v1.CreditSliceService/Settle" = ["gateway"]
+"maas.billing.v1.CreditSliceService/FindSettlement" = ["gateway"]
 "maas.billing.v1.CreditSliceService/CloseSlices" = ["gateway"]
 [auth]
 endpoint = "127.0.0.1:1"

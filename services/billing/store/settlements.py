@@ -40,9 +40,20 @@ _VIOLATIONS_MAX = 16
 _RECORD = """
     SELECT generation_id, account_id, number, credit_slice_id, project_id, api_key_id, offering_id,
            model_id, version_id, price_id, input_tokens, output_tokens, amount, shortfall,
-           end_cause, start_time, end_time, settle_time
+           end_cause, start_time, end_time, settle_time, request_id, request_sha256
       FROM usage_record
 """
+# Says what the partial index says, or the planner could not use it for a request_id to come.
+FIND_CHARGED = f"""
+    {_RECORD}
+     WHERE project_id = $1
+       AND request_id = $2
+       AND request_id <> ''
+       AND end_cause = ANY($3::smallint[])
+     ORDER BY number
+     LIMIT 1
+"""
+_CHARGED = [cause.value for cause in EndCause if cause.is_charged]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +142,16 @@ class SettlementStore:
         division = divide(new, balances=balances, slices=slices, head=head, now=now)
         await _write(connection, division)
         return division
+
+    async def find_charged(self, project_id: str, request_id: str) -> UsageRecord | None:
+        """Reads the first record of a request that was charged; None when there is none.
+
+        Args:
+            project_id: who asked.
+            request_id: the idempotency key, not empty.
+        """
+        row = await self._database.fetch_row(FIND_CHARGED, project_id, request_id, _CHARGED)
+        return None if row is None else _record_from_row(row)
 
     async def list_records(
         self, account_id: str, page: Page, *, generation_id: str
@@ -224,14 +245,14 @@ async def _insert_records(connection: Connection, records: Sequence[UsageRecord]
         INSERT INTO usage_record (
             generation_id, account_id, number, credit_slice_id, project_id, api_key_id,
             offering_id, model_id, version_id, price_id, input_tokens, output_tokens, amount,
-            shortfall, end_cause, start_time, end_time, settle_time
+            shortfall, end_cause, start_time, end_time, settle_time, request_id, request_sha256
         )
         SELECT *
           FROM unnest(
                    $1::text[], $2::text[], $3::bigint[], $4::text[], $5::text[], $6::text[],
                    $7::text[], $8::text[], $9::text[], $10::text[], $11::bigint[], $12::bigint[],
                    $13::bigint[], $14::bigint[], $15::smallint[], $16::timestamptz[],
-                   $17::timestamptz[], $18::timestamptz[]
+                   $17::timestamptz[], $18::timestamptz[], $19::text[], $20::bytea[]
                )
         """,
         [item.generation_id for item in told],
@@ -252,6 +273,8 @@ async def _insert_records(connection: Connection, records: Sequence[UsageRecord]
         [item.start_time for item in told],
         [item.end_time for item in told],
         [record.settle_time for record in records],
+        [item.request_id for item in told],
+        [item.request_sha256 for item in told],
     )
 
 
@@ -288,6 +311,8 @@ def _record_from_row(row: asyncpg.Record) -> UsageRecord:
             end_cause=EndCause(row["end_cause"]),
             start_time=row["start_time"],
             end_time=row["end_time"],
+            request_id=row["request_id"],
+            request_sha256=row["request_sha256"],
         ),
         number=row["number"],
         amount=row["amount"],

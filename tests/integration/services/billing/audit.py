@@ -80,7 +80,7 @@ BROKEN = {
         SELECT r.generation_id, r.amount
           FROM usage_record AS r
           JOIN price AS p USING (price_id)
-         WHERE r.amount <> CASE WHEN r.end_cause <= 4
+         WHERE r.amount <> CASE WHEN r.end_cause <= 5
                                 THEN ceil(r.input_tokens::numeric * p.input_price / 1000000)
                                    + ceil(r.output_tokens::numeric * p.output_price / 1000000)
                                 ELSE 0

@@ -21,7 +21,7 @@ from tests.integration.services.billing.world import (
 
 BAD_DEBT = "accounts/system-bad-debt"
 REVENUE = "accounts/system-revenue"
-CHARGED = ["COMPLETED", "CLIENT_CANCELLED", "DEADLINE", "STALLED"]
+CHARGED = ["COMPLETED", "CLIENT_CANCELLED", "DEADLINE", "STALLED", "REVOKED"]
 NOT_CHARGED = ["WORKER_LOST", "ENGINE_FAILURE", "GATEWAY_LOST"]
 
 
@@ -277,6 +277,11 @@ async def test_unknown_payer_is_named(billing: Billing, account: str) -> None:
         ({"end_time": {"seconds": -(2**40)}}, "end_time"),
         ({"end_cause": 0}, "end_cause"),
         ({"end_cause": 99}, "end_cause"),
+        ({"request_id": "a\0b"}, "request_id"),
+        ({"request_id": "r" * 65}, "request_id"),
+        ({"request_id": "r", "request_sha256": bytes(31)}, "request_sha256"),
+        ({"request_id": "r", "request_sha256": bytes(33)}, "request_sha256"),
+        ({"request_sha256": bytes(32)}, "request_sha256"),
     ],
 )
 async def test_malformed_settlements_are_named(

@@ -48,6 +48,7 @@ INTERNAL = [
     "maas.billing.v1.PriceService/WatchPrices",
     "maas.billing.v1.CreditSliceService/AcquireSlice",
     "maas.billing.v1.CreditSliceService/Settle",
+    "maas.billing.v1.CreditSliceService/FindSettlement",
     "maas.billing.v1.CreditSliceService/CloseSlices",
 ]
 LEASE_S = 60.0
@@ -74,13 +75,16 @@ def settlement(
     tokens: int = 1,
     price: str = "prices/nano",
     end_cause: ledger_pb2.EndCause.ValueType = ledger_pb2.END_CAUSE_COMPLETED,
+    project: str = "projects/demo",
+    request_id: str = "",
+    request_sha256: bytes = b"",
 ) -> slice_pb.Settlement:
     """A settlement of `tokens` nanos at the price of the tests."""
     return slice_pb.Settlement(
         generation_id=generation_id,
         slice_id=slice_id,
         account=account,
-        project="projects/demo",
+        project=project,
         api_key="apiKeys/key",
         offering="offerings/tiny",
         model_version="models/tiny/versions/1",
@@ -89,6 +93,8 @@ def settlement(
         end_cause=end_cause,
         start_time=time_pb(1),
         end_time=time_pb(2),
+        request_id=request_id,
+        request_sha256=request_sha256,
     )
 
 
@@ -209,6 +215,15 @@ class Billing:
         return await self.gateway.peer.call(
             self.gateway.slices.Settle,
             slice_pb.SettleRequest(settlements=settlements, renew_slice_ids=renew),
+        )
+
+    async def find(
+        self, request_id: str, *, project: str = "projects/demo"
+    ) -> slice_pb.FindSettlementResponse:
+        """Finds what was charged for a request."""
+        return await self.gateway.peer.call(
+            self.gateway.slices.FindSettlement,
+            slice_pb.FindSettlementRequest(project=project, request_id=request_id),
         )
 
     async def close(self, *slice_ids: str) -> None:

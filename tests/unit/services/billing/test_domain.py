@@ -54,6 +54,7 @@ def test_only_the_clients_own_ends_are_charged() -> None:
         "CLIENT_CANCELLED",
         "DEADLINE",
         "STALLED",
+        "REVOKED",
     }
 
 
