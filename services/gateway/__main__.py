@@ -45,6 +45,7 @@ async def main(config: Config) -> None:
             scheduler=scheduler,
             credential=token,
             background=background,
+            keys=keys,
             clock=clock,
         )
         start = background.start
@@ -55,7 +56,7 @@ async def main(config: Config) -> None:
             name="follow workers",
         )
         await gateway.start()
-        server.add(GenerationService(gateway.generations, clock), SERVICE)
+        server.add(GenerationService(gateway.generations), SERVICE)
         await server.start()
         await server.serve(drain=gateway.generations.drain)
         await gateway.finish()

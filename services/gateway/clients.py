@@ -25,11 +25,13 @@ from libs.errors import FailedPrecondition, MaasError, NotFound
 from libs.process import Background
 from libs.rpc import Peer, follow
 from services.gateway import convert
+from services.gateway.domain import Charged
 from services.gateway.journal import Journal
 from services.gateway.links import LinkPool
 from services.gateway.placement import Slot, Wanted
 from services.gateway.settlement import Settled, Settlement
 from services.gateway.slices import Grant
+from services.gateway.spares import Lease, Spare
 from services.gateway.tables import Offerings, Prices, Workers
 
 log = structlog.get_logger(__name__)
@@ -46,6 +48,8 @@ SCHEDULER_SERVICES: list[ServiceDescriptor] = [
     worker_service_pb2.DESCRIPTOR.services_by_name["WorkerService"],
 ]
 CLOSE_MAX = 500
+# Spares are asked for in the background; an answer that takes longer is not worth waiting for.
+LEASE_WAIT_S = 1.0
 
 
 async def follow_offerings(peer: Peer, table: Offerings) -> None:
@@ -135,6 +139,14 @@ class BillingClient:
             lease_s=response.lease_duration.ToTimedelta().total_seconds(),
         )
 
+    async def find_charged(self, project: str, request_id: str) -> Charged | None:
+        """Finds what was charged under an idempotency key. Raises as FindSettlement does."""
+        response = await self._peer.call(
+            self._stub.FindSettlement,
+            credit_slice_service_pb2.FindSettlementRequest(project=project, request_id=request_id),
+        )
+        return convert.charged_from_pb(response)
+
     async def close(self, slice_ids: list[str]) -> None:
         """Gives slices back. Raises as CloseSlices does."""
         for part in _parts(slice_ids):
@@ -161,20 +173,50 @@ class SchedulerClient:
             project=wanted.project,
             exclude_workers=exclude,
             max_wait=convert.duration_to_pb(wanted.max_wait_s),
+            spare_execution_ids=wanted.spare_ids,
         )
         response = await self._peer.call(self._stub.AcquireSlot, request)
         return convert.slot_from_pb(response)
+
+    async def lease(self, model_version: str, execution_ids: list[str]) -> Lease:
+        """Asks for slots for executions that may come, without waiting. Raises as AcquireSlot does.
+
+        Args:
+            model_version: "models/{model}/versions/{version}".
+            execution_ids: two or more; the first of them may get slots.
+        """
+        request = placement_service_pb2.AcquireSlotRequest(
+            execution_id=execution_ids[0],
+            model_version=model_version,
+            max_wait=convert.duration_to_pb(0),
+            spare_execution_ids=execution_ids[1:],
+        )
+        response = await self._peer.call(self._stub.AcquireSlot, request, timeout_s=LEASE_WAIT_S)
+        slot = convert.slot_from_pb(response)
+        target = slot.targets[0]
+        first = Spare(
+            slot_id=response.slot_id,
+            execution_id=execution_ids[0],
+            worker=target.worker,
+            endpoint=target.endpoint,
+            epoch=target.epoch,
+        )
+        return Lease(spares=(first, *slot.spares), start_within_s=slot.start_within_s)
 
     def release(self, slot_id: str) -> None:
         """Gives a slot back in the background; if that fails the slot runs out by itself."""
         self._background.start(self._release(slot_id), name="release slot")
 
     async def _release(self, slot_id: str) -> None:
-        request = placement_service_pb2.ReleaseSlotsRequest(slot_ids=[slot_id])
         try:
-            await self._peer.call(self._stub.ReleaseSlots, request)
+            await self.release_all([slot_id])
         except MaasError as error:
             log.warning("slot not released", cause=error.reason.value)
+
+    async def release_all(self, slot_ids: list[str]) -> None:
+        """Gives slots back, a thousand at most. Raises as ReleaseSlots does."""
+        request = placement_service_pb2.ReleaseSlotsRequest(slot_ids=slot_ids)
+        await self._peer.call(self._stub.ReleaseSlots, request)
 
 
 def _parts(slice_ids: list[str]) -> Iterator[list[str]]:

@@ -34,6 +34,11 @@ class GatewaySection(Section):
         settle_interval: longest time between an end and its settlement.
         queue_wait: longest wait for a place on a worker.
         stall_limit: a client that reads nothing for this long with a full window is cut off.
+        replay_window: how long after its end a generation can be resumed or repeated.
+        replay_bytes_max: output kept of one generation; above it the oldest frames go.
+        replay_total_bytes_max: output kept of all; above it new generations are refused once
+            nothing is left to drop.
+        move_wait: how long a generation whose worker was lost waits for another one.
         generations_max: generations at the same time; one more is refused.
         slices_max: open credit slices; one more is refused.
     """
@@ -45,6 +50,10 @@ class GatewaySection(Section):
     settle_interval: Seconds = 0.1
     queue_wait: Seconds = 30.0
     stall_limit: Seconds = 30.0
+    replay_window: Seconds = 60.0
+    replay_bytes_max: int = pydantic.Field(default=4 * 1024 * 1024, ge=65_536)
+    replay_total_bytes_max: int = pydantic.Field(default=256 * 1024 * 1024, ge=1_048_576)
+    move_wait: Seconds = 15.0
     generations_max: int = pydantic.Field(default=4096, ge=1)
     slices_max: int = pydantic.Field(default=4096, ge=1)
 

@@ -14,8 +14,9 @@ from maas.inference.v1 import generation_pb2
 from maas.scheduler.v1 import placement_service_pb2, worker_pb2
 
 from libs.units import CURRENCY
-from services.gateway.domain import Closing, Offering, Opening, Price, PromptSize, Usage
+from services.gateway.domain import Charged, Closing, Offering, Opening, Price, PromptSize, Usage
 from services.gateway.placement import Slot, Target
+from services.gateway.spares import Spare
 from services.gateway.tables import Worker
 
 
@@ -23,6 +24,11 @@ def duration_to_pb(seconds: float) -> Duration:
     """Turns seconds into a Duration."""
     nanos = round(seconds * 1e9)
     return Duration(seconds=nanos // 1_000_000_000, nanos=nanos % 1_000_000_000)
+
+
+def seconds_of(duration: Duration) -> float:
+    """Reads a Duration."""
+    return duration.seconds + duration.nanos / 1e9
 
 
 def timestamp_to_pb(time: datetime) -> Timestamp:
@@ -70,13 +76,24 @@ def worker_from_pb(message: worker_pb2.Worker) -> Worker:
 
 
 def slot_from_pb(message: placement_service_pb2.AcquireSlotResponse) -> Slot:
-    """Reads a slot: its target, then its fallbacks."""
+    """Reads a slot: its target, then its fallbacks; and the spares that came with it."""
     return Slot(
         slot_id=message.slot_id,
         targets=[
             Target(worker=target.worker, endpoint=target.endpoint, epoch=target.epoch)
             for target in (message.target, *message.fallbacks)
         ],
+        spares=tuple(
+            Spare(
+                slot_id=spare.slot_id,
+                execution_id=spare.execution_id,
+                worker=spare.target.worker,
+                endpoint=spare.target.endpoint,
+                epoch=spare.target.epoch,
+            )
+            for spare in message.spares
+        ),
+        start_within_s=message.start_within.seconds + message.start_within.nanos / 1e9,
     )
 
 
@@ -100,7 +117,12 @@ def _size(text: str) -> int:
 
 
 def execution_to_pb(
-    spec: generation_pb2.GenerationSpec, offering: Offering, *, seed: int, max_output_tokens: int
+    spec: generation_pb2.GenerationSpec,
+    offering: Offering,
+    price: Price,
+    *,
+    seed: int,
+    max_output_tokens: int,
 ) -> engine_pb2.Execution:
     """Makes what is common to all attempts to run a spec: input, concrete sampling, stops."""
     given = spec.sampling
@@ -116,6 +138,10 @@ def execution_to_pb(
         stop=spec.stop,
     )
     execution.stop.max_output_tokens = max_output_tokens
+    if spec.HasField("max_charge"):
+        execution.charge_limit.nanos = spec.max_charge.nanos
+        execution.charge_limit.input_price = price.input_price
+        execution.charge_limit.output_price = price.output_price
     match spec.WhichOneof("input"):
         case "text":
             execution.text = spec.text
@@ -155,4 +181,23 @@ def settlement_to_pb(opening: Opening, closing: Closing) -> credit_slice_service
         end_cause=ledger_pb2.EndCause.ValueType(closing.cause.value),
         start_time=timestamp_to_pb(opening.start_time),
         end_time=timestamp_to_pb(closing.end_time),
+        request_id=opening.request_id,
+        request_sha256=bytes.fromhex(opening.request_sha256),
+    )
+
+
+def charged_from_pb(
+    message: credit_slice_service_pb2.FindSettlementResponse,
+) -> Charged | None:
+    """Reads what was settled under an idempotency key."""
+    if not message.HasField("usage_record"):
+        return None
+    record = message.usage_record
+    return Charged(
+        generation_id=record.generation_id,
+        request_sha256=message.request_sha256.hex(),
+        usage=Usage(
+            input_tokens=record.usage.input_tokens, output_tokens=record.usage.output_tokens
+        ),
+        nanos=record.charge.nanos,
     )

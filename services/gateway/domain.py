@@ -9,7 +9,8 @@ import enum
 from dataclasses import dataclass
 from datetime import datetime
 
-from libs.units import Nanos, charge_usage
+from libs.errors import Reason
+from libs.units import Nanos, affordable_output_tokens, charge_usage
 
 # A tokenizer may put a beginning-of-sequence token and a space before plain text.
 TEXT_OVERHEAD_TOKENS = 2
@@ -22,6 +23,7 @@ class EndCause(enum.Enum):
     CLIENT_CANCELLED = 2
     DEADLINE = 3
     STALLED = 4
+    REVOKED = 5
     WORKER_LOST = 11
     ENGINE_FAILURE = 12
     GATEWAY_LOST = 13
@@ -37,7 +39,25 @@ _CHARGED = {
     EndCause.CLIENT_CANCELLED,
     EndCause.DEADLINE,
     EndCause.STALLED,
+    EndCause.REVOKED,
 }
+_CAUSES = {
+    Reason.WORKER_LOST: EndCause.WORKER_LOST,
+    Reason.WORKER_DRAINING: EndCause.WORKER_LOST,
+    Reason.ENGINE_FAILURE: EndCause.ENGINE_FAILURE,
+    Reason.INTERNAL: EndCause.ENGINE_FAILURE,
+    Reason.DEADLINE_EXCEEDED: EndCause.DEADLINE,
+}
+
+
+def cause_of(reason: Reason) -> EndCause:
+    """Returns the cause of an end that a worker has reported. What nobody foresaw is our fault."""
+    return _CAUSES.get(reason, EndCause.GATEWAY_LOST)
+
+
+def is_movable(reason: Reason) -> bool:
+    """Tells whether output can go on elsewhere: the worker is to blame, and not the request."""
+    return reason in {Reason.WORKER_LOST, Reason.WORKER_DRAINING}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +113,19 @@ class Price:
             input_price=self.input_price,
             output_price=self.output_price,
         )
+
+    def affordable(self, *, nanos: int, input_tokens: int, at_most: int) -> int:
+        """Returns how many output tokens an amount pays for beside the input, up to a number.
+
+        Negative when the amount does not pay for the input.
+        """
+        tokens = affordable_output_tokens(
+            nanos=nanos,
+            input_tokens=input_tokens,
+            input_price=self.input_price,
+            output_price=self.output_price,
+        )
+        return at_most if tokens is None else min(tokens, at_most)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +184,8 @@ class Opening:
         price: "prices/{price}" frozen at admission.
         input_tokens: exact.
         start_time: admission, UTC.
+        request_id: idempotency key; empty when there is none.
+        request_sha256: hexadecimal digest of what was asked for, with request_id.
     """
 
     generation_id: str
@@ -163,6 +198,25 @@ class Opening:
     price: str
     input_tokens: int
     start_time: datetime
+    request_id: str = ""
+    request_sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Charged:
+    """What billing has settled under an idempotency key, and charged.
+
+    Attributes:
+        generation_id: of the generation.
+        request_sha256: hexadecimal digest of what was asked for.
+        usage: counts.
+        nanos: charge.
+    """
+
+    generation_id: str
+    request_sha256: str
+    usage: Usage
+    nanos: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

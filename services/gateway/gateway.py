@@ -9,19 +9,24 @@ from collections.abc import Sequence
 import structlog
 
 from libs import ids
+from libs.auth import KeyTable
 from libs.clock import Clock
 from libs.errors import MaasError
 from libs.process import Background
 from libs.rpc import Peer
 from services.gateway import clients
+from services.gateway.admission import Admission, Rules
 from services.gateway.config import GatewaySection
 from services.gateway.journal import Journal
 from services.gateway.links import LinkPool
 from services.gateway.operations import Generations, Limits
 from services.gateway.placement import Placer
+from services.gateway.release import Releaser
+from services.gateway.replay import Budget
 from services.gateway.running import Books
 from services.gateway.settlement import Settlement, Settler
 from services.gateway.slices import SliceBook
+from services.gateway.spares import Spares
 from services.gateway.tables import Offerings, Prices, Table, Workers
 
 log = structlog.get_logger(__name__)
@@ -43,6 +48,7 @@ class Gateway:
         scheduler: Peer,
         credential: str,
         background: Background,
+        keys: KeyTable,
         clock: Clock,
     ) -> None:
         self._clock = clock
@@ -68,14 +74,29 @@ class Gateway:
             interval_s=config.settle_interval,
             idle_s=config.slice_idle,
         )
-        self.generations = Generations(
+        spares = Spares(
+            lease=placement.lease,
+            release=placement.release_all,
+            workers=self.workers,
+            clock=clock,
+            id_prefix=f"{config.instance}.{ids.ulid(clock.now(), secrets.randbits(80))}",
+        )
+        background.start(spares.run(), name="spares")
+        budget = Budget(config.replay_total_bytes_max)
+        books = Books(
+            journal=journal,
+            slices=self._book,
+            settler=self._settler,
+            clock=clock,
+            releaser=Releaser(journal),
+            background=background,
+            move_wait_s=config.move_wait,
+        )
+        admission = Admission(
             instance=config.instance,
-            limits=Limits(
-                generations_max=config.generations_max,
-                queue_wait_s=config.queue_wait,
-                stall_limit_s=config.stall_limit,
-            ),
-            books=Books(journal=journal, slices=self._book, settler=self._settler, clock=clock),
+            rules=Rules(queue_wait_s=config.queue_wait, replay_bytes_max=config.replay_bytes_max),
+            books=books,
+            budget=budget,
             offerings=self.offerings,
             prices=self.prices,
             placer=Placer(
@@ -83,21 +104,37 @@ class Gateway:
                 release=placement.release,
                 workers=self.workers,
                 links=self.links,
+                spares=spares,
             ),
+            find_charged=self._billing.find_charged,
+            is_revoked=keys.is_revoked,
             random_bits=secrets.randbits,
         )
+        self.generations = Generations(
+            instance=config.instance,
+            limits=Limits(
+                generations_max=config.generations_max,
+                stall_limit_s=config.stall_limit,
+                replay_window_s=config.replay_window,
+            ),
+            books=books,
+            budget=budget,
+            admission=admission,
+        )
+        keys.on_revoked(self.generations.revoke)
 
     async def start(self) -> None:
         """Settles what an earlier process left, waits for the tables, starts settling."""
         await self._replay()
         self._background.start(self._settler.run(), name="settle")
-        self._background.start(self.generations.watch_stalls(), name="watch stalls")
+        self._background.start(self.generations.watch(), name="watch generations")
         tables: Sequence[Table] = (self.offerings, self.prices, self.workers)
         for table in tables:
             await table.wait()
 
     async def finish(self) -> None:
         """Settles what has ended and gives all slices back, within bounded time."""
+        self.generations.stop()
         try:
             async with asyncio.timeout(SETTLE_WAIT_S):
                 await self._settler.finish()

@@ -1,18 +1,24 @@
-"""One generation between its worker and its client: a small buffer and one end.
+"""What a worker has made of one execution and nobody has released yet.
 
-The worker's link pushes, the handler takes; both on the same event loop. What is pushed while the
-transport is busy is taken as one chunk, so frames grow under load by themselves. The buffer is
-bounded by max_output_tokens.
+A worker's link pushes, the generation takes; both on the same event loop. What is pushed while the
+client's transport is busy is taken as one chunk, so frames grow under load by themselves. Bounded
+by max_output_tokens.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Self
 
 from maas.inference.v1 import generation_pb2
 
 from libs.errors import MaasError
+
+# Rows in one chunk. A row is a token, or some that were merged on the way: frames stay far below
+# the 256 KiB that the contract allows.
+ROWS_MAX = 1024
 
 
 @dataclass(slots=True)
@@ -32,14 +38,19 @@ class Chunk:
 
 @dataclass(slots=True)
 class Sink:
-    """Where a link puts the events of one execution."""
+    """Where a link puts the events of one execution.
+
+    Attributes:
+        accepted: exact tokens of the prompt, once the worker has queued the execution.
+        on_event: called after output, an end or a failure has come.
+    """
 
     accepted: asyncio.Future[int]
+    on_event: Callable[[], None] | None = None
     _texts: list[str] = field(default_factory=list)
     _token_ids: list[int] = field(default_factory=list)
     _end: generation_pb2.OutputEnd | None = None
     _failure: MaasError | None = None
-    _waiter: asyncio.Future[None] | None = None
 
     def accept(self, input_tokens: int) -> None:
         """The worker has queued the execution."""
@@ -50,13 +61,14 @@ class Sink:
         """New output. On the token path."""
         self._texts.append(text)
         self._token_ids += token_ids
-        if self._waiter is not None:
-            self._wake()
+        if self.on_event is not None:
+            self.on_event()
 
     def finish(self, end: generation_pb2.OutputEnd) -> None:
         """The output has ended well."""
         self._end = end
-        self._wake()
+        if self.on_event is not None:
+            self.on_event()
 
     def fail(self, error: MaasError) -> None:
         """There will be no more output. The first failure stays; an end is not undone."""
@@ -66,37 +78,53 @@ class Sink:
             self.accepted.set_exception(error)
             # Whoever waits hears of it; if nobody does, that is no defect.
             self.accepted.exception()
-        self._wake()
+        if self.on_event is not None:
+            self.on_event()
 
     @property
     def failure(self) -> MaasError | None:
         """Why there will be no more output."""
         return self._failure
 
-    async def take(self) -> Chunk:
-        """Waits for output and takes all there is.
+    @property
+    def is_over(self) -> bool:
+        """Whether the output has ended well; some of it may still have to be taken."""
+        return self._end is not None
 
-        Raises:
-            MaasError: the execution failed; what it had pushed before is dropped.
-        """
-        while not self._texts and self._end is None and self._failure is None:
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        if self._failure is not None:
-            raise self._failure
+    @property
+    def has_output(self) -> bool:
+        """Whether there is something to take."""
+        return bool(self._texts) or self._end is not None
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Tokens that have not been taken."""
+        return self._token_ids
+
+    def take(self) -> Chunk:
+        """Takes what there is, at most ROWS_MAX rows while each is one token."""
         texts, token_ids = self._texts, self._token_ids
+        if len(texts) > ROWS_MAX and len(texts) == len(token_ids):
+            chunk = Chunk("".join(texts[:ROWS_MAX]), token_ids[:ROWS_MAX], None)
+            del texts[:ROWS_MAX], token_ids[:ROWS_MAX]
+            return chunk
         self._texts, self._token_ids = [], []
         text = texts[0] if len(texts) == 1 else "".join(texts)
         return Chunk(text, token_ids, self._end)
 
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+    def adopt(self, earlier: Self) -> None:
+        """Puts before its own output what an earlier execution left untaken."""
+        self._texts[:0] = earlier._texts
+        self._token_ids[:0] = earlier._token_ids
 
 
 def new_sink() -> Sink:
     """Makes an empty sink on the running loop."""
     return Sink(asyncio.get_running_loop().create_future())
+
+
+def rest_of(sink: Sink) -> Sink:
+    """Makes a sink that nobody pushes to, with what another one still had."""
+    rest = new_sink()
+    rest.adopt(sink)
+    return rest

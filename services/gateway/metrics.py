@@ -10,6 +10,14 @@ GENERATIONS_RUNNING = Gauge(
 GENERATIONS_ENDED = Counter(
     "maas_gateway_generations_ended_total", "Accepted generations by cause of the end.", ["cause"]
 )
+GENERATIONS_MOVED = Counter(
+    "maas_gateway_generations_moved_total", "Generations that went on with another worker."
+)
+REPLAYS = Counter(
+    "maas_gateway_replays_total",
+    "Calls that attached to a generation that another call had started.",
+)
+REPLAY_BYTES = Gauge("maas_gateway_replay_bytes", "Output that is kept for replays.")
 TOKENS_RELEASED = Counter(
     "maas_gateway_tokens_released_total", "Output tokens of ended generations."
 )

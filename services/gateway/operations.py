@@ -1,55 +1,44 @@
-"""Admission: from a request to a generation that a worker has accepted, and its end.
+"""All generations of this gateway: who starts and reads them, what ends them, who may return.
 
-In order: offering, price, input, hold, place. Nothing is journaled, charged or sent to the client
-before a worker has accepted; until then every failure leaves no trace.
+open -> running (readers come and go) -> ended -> kept for the replay window -> forgotten
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from maas.engine.v1 import engine_pb2
+import structlog
 from maas.inference.v1 import generation_pb2
 
 from libs import ids
 from libs.auth import Principal
 from libs.errors import (
     Aborted,
+    Cancelled,
     FailedPrecondition,
-    FieldRule,
-    InvalidArgument,
     MaasError,
     NotFound,
+    OutOfRange,
+    PermissionDenied,
     Reason,
     ResourceExhausted,
-    Violation,
-    invalid_field,
     unavailable,
 )
 from libs.rpc import Call
-from libs.units import CURRENCY
-from services.gateway import convert, metrics
-from services.gateway.domain import EndCause, Offering, Opening, Price, prompt_bound
-from services.gateway.placement import Placed, Placer, Wanted
-from services.gateway.running import Books, RunningGeneration, Times
-from services.gateway.slices import Hold
-from services.gateway.tables import Offerings, Prices
+from services.gateway import frames, metrics
+from services.gateway.admission import Admission, Asked, revoked
+from services.gateway.domain import EndCause
+from services.gateway.reader import Reader
+from services.gateway.replay import Budget
+from services.gateway.requests import Requests
+from services.gateway.running import Books, Generation
 
-SEED_BITS = 64
-ULID_BITS = 80
+log = structlog.get_logger(__name__)
 
-_CAUSES = {
-    Reason.WORKER_LOST: EndCause.WORKER_LOST,
-    Reason.WORKER_DRAINING: EndCause.WORKER_LOST,
-    Reason.ENGINE_FAILURE: EndCause.ENGINE_FAILURE,
-    Reason.INTERNAL: EndCause.ENGINE_FAILURE,
-    Reason.DEADLINE_EXCEEDED: EndCause.DEADLINE,
-    Reason.GENERATION_CANCELLED: EndCause.CLIENT_CANCELLED,
-    Reason.CONSUMER_STALLED: EndCause.STALLED,
-}
+# Ended generations that are remembered, kept or not: at 1000 a second, those of a minute.
+ENDED_MAX = 65_536
+WATCH_MAX_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,25 +47,32 @@ class Limits:
 
     Attributes:
         generations_max: at the same time.
-        queue_wait_s: longest wait for a place on a worker.
         stall_limit_s: longest wait for a client that does not read.
+        replay_window_s: how long an ended generation can be replayed.
     """
 
     generations_max: int
-    queue_wait_s: float
     stall_limit_s: float
+    replay_window_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Admitted:
-    offering: Offering
-    price: Price
-    hold: Hold
-    max_output_tokens: int
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """What is remembered of a generation that is over.
+
+    Attributes:
+        project: "projects/{project}".
+        until_s: monotonic; then it is forgotten.
+        was_kept: it had a log, which may have had to go before its time.
+    """
+
+    project: str
+    until_s: float
+    was_kept: bool
 
 
 class Generations:
-    """All generations of this gateway."""
+    """Owns every generation from its admission on. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -84,108 +80,186 @@ class Generations:
         instance: str,
         limits: Limits,
         books: Books,
-        offerings: Offerings,
-        prices: Prices,
-        placer: Placer,
-        random_bits: Callable[[int], int],
+        budget: Budget,
+        admission: Admission,
     ) -> None:
         self._instance = instance
         self._limits = limits
-        self._books = books
         self._clock = books.clock
-        self._offerings = offerings
-        self._prices = prices
-        self._placer = placer
-        self._random_bits = random_bits
-        self._running: dict[str, RunningGeneration] = {}
-        self._tasks: dict[str, asyncio.Task[object]] = {}
+        self._budget = budget
+        self._admission = admission
+        self._requests = Requests(books.background)
+        self._running: dict[str, Generation] = {}
+        # In the order of their ends; those with a log once more by themselves.
+        self._ended: dict[str, _Ended] = {}
+        self._kept: dict[str, Generation] = {}
+        self._reading: dict[Reader, Generation] = {}
         self._admitting = 0
         self._is_draining = False
         self._idle = asyncio.Event()
         self._idle.set()
 
-    @asynccontextmanager
-    async def run(
-        self, spec: generation_pb2.GenerationSpec, call: Call
-    ) -> AsyncIterator[RunningGeneration]:
-        """Admits a request, and ends its generation however the block is left.
+    async def open(self, asked: Asked, call: Call) -> tuple[Generation, bool]:
+        """Admits a request, or finds the generation that its idempotency key has started.
 
-        The block calls `finish(COMPLETED)` itself when all is released.
+        Attach a reader before the next suspension.
+
+        Returns:
+            The generation, and whether another call has started it.
 
         Raises:
-            MaasError: the request is refused, or the generation failed.
+            MaasError: the request is refused.
         """
-        self._enter()
-        try:
-            generation = await self._start(spec, call)
-            generation_id = generation.opening.generation_id
-            self._running[generation_id] = generation
-            task = asyncio.current_task()
-            assert task is not None
-            self._tasks[generation_id] = task
-            try:
-                yield generation
-            except MaasError as error:
-                generation.finish(_CAUSES.get(error.reason, EndCause.GATEWAY_LOST))
-                raise
-            except asyncio.CancelledError:
-                if generation.failure is not None:
-                    # Not the client but the watchdog ended this call: say why.
-                    generation.finish(_CAUSES[generation.failure.reason])
-                    raise generation.failure from None
-                generation.finish(self._cause_of_cancel(call))
-                raise
-            finally:
-                # What nobody foresaw is our fault, not the client's.
-                generation.finish(EndCause.GATEWAY_LOST)
-                del self._running[generation_id]
-                del self._tasks[generation_id]
-        finally:
-            self._leave()
+        if not asked.request_id and not asked.lives_on:
+            return await self._admit(asked), False
 
-    def cancel(self, generation_id: str, principal: Principal) -> None:
-        """Stops a generation of the caller's project.
+        def leave(generation: Generation) -> None:
+            self._leave_alone(generation, call)
+
+        generation, is_repeat = await self._requests.join(asked, self._admit, leave)
+        if is_repeat:
+            metrics.REPLAYS.inc()
+            try:
+                # It was not this key that admission looked at last.
+                self._admission.require_key(asked)
+            except MaasError:
+                leave(generation)
+                raise
+        return generation, is_repeat
+
+    async def read(self, generation: Generation, reader: Reader, call: Call) -> None:
+        """Serves a reader until it has everything.
 
         Raises:
-            NotFound: it is not running here, or belongs to another project.
+            MaasError: the generation failed, or this reader has.
+        """
+        generation.attach(reader)
+        self._reading[reader] = generation
+        try:
+            await reader.done
+        finally:
+            del self._reading[reader]
+            generation.detach(reader)
+            self._leave_alone(generation, call)
+
+    async def read_whole(
+        self, generation: Generation, reader: Reader, call: Call
+    ) -> generation_pb2.Generation:
+        """Waits for the end; returns the whole result.
+
+        Raises:
+            OutOfRange: it has outgrown what is kept of one.
+            MaasError: the generation failed, or this reader has.
+        """
+        try:
+            await self.read(generation, reader, call)
+            return frames.result(generation)
+        except ValueError as error:
+            raise _outgrown(generation) from error
+        finally:
+            if not generation.terms.is_kept and generation.log is not None:
+                # Nobody can come back for it.
+                generation.log.clear()
+
+    def find(self, generation_id: str, principal: Principal) -> Generation:
+        """Returns a generation that can be replayed.
+
+        Raises:
+            NotFound: there never was one here.
+            PermissionDenied: it is another project's.
+            FailedPrecondition: it keeps no frames.
+            OutOfRange: its replay window is over.
         """
         generation = self._running.get(generation_id)
-        if generation is None or generation.opening.project != f"projects/{principal.project}":
-            raise NotFound(
-                "the generation is not running here",
-                reason=Reason.GENERATION_NOT_FOUND,
+        if generation is None:
+            ended = self._ended.get(generation_id)
+            if ended is None:
+                raise self._unknown(generation_id)
+            _require_project(ended.project, principal)
+            generation = self._kept.get(generation_id)
+            if generation is None and ended.was_kept:
+                raise _expired(generation_id)
+        else:
+            _require_project(generation.opening.project, principal)
+        if generation is None or not generation.terms.is_kept:
+            raise FailedPrecondition(
+                "the generation keeps no frames",
+                reason=Reason.NOT_RESUMABLE,
                 metadata={"generationId": generation_id},
             )
-        generation.cancel(
-            Aborted("the generation was cancelled", metadata={"generationId": generation_id})
+        metrics.REPLAYS.inc()
+        return generation
+
+    def cancel(self, generation_id: str, principal: Principal) -> None:
+        """Stops a generation of the caller's project. One that has just ended stays as it is.
+
+        Raises:
+            NotFound: it is not known here.
+            PermissionDenied: it is another project's.
+        """
+        generation = self._running.get(generation_id)
+        if generation is None:
+            ended = self._ended.get(generation_id)
+            if ended is None:
+                raise _not_found(generation_id)
+            _require_project(ended.project, principal)
+            return
+        _require_project(generation.opening.project, principal)
+        generation.end(
+            Aborted("the generation was cancelled", metadata={"generationId": generation_id}),
+            EndCause.CLIENT_CANCELLED,
         )
 
-    async def watch_stalls(self) -> None:
-        """Cuts off clients that do not read, for ever."""
-        limit_s = self._limits.stall_limit_s
+    def revoke(self, key_id: str) -> None:
+        """Ends all that a key has started, and all calls that read with it."""
+        api_key = f"apiKeys/{key_id}"
+        for generation in list(self._running.values()):
+            if generation.opening.api_key == api_key:
+                generation.end(revoked(), EndCause.REVOKED)
+        for reader in self._reading:
+            if reader.key_id == key_id:
+                reader.fail(revoked())
+
+    async def watch(self) -> None:
+        """Cuts off clients that do not read and forgets what is over, for ever."""
+        interval_s = min(
+            self._limits.stall_limit_s / 8, self._limits.replay_window_s / 4, WATCH_MAX_S
+        )
         while True:
-            await self._clock.sleep_s(limit_s / 8)
-            before_s = self._clock.monotonic_s() - limit_s
-            for generation_id, generation in list(self._running.items()):
-                since_s = generation.writing_since_s
-                if since_s is not None and since_s < before_s:
-                    generation.failure = Aborted(
-                        "the client stopped reading",
-                        reason=Reason.CONSUMER_STALLED,
-                        metadata={"stallSeconds": f"{limit_s:g}"},
-                    )
-                    self._tasks[generation_id].cancel()
+            await self._clock.sleep_s(interval_s)
+            now_s = self._clock.monotonic_s()
+            self._cut_stalled(now_s - self._limits.stall_limit_s)
+            self._forget(now_s)
+            metrics.REPLAY_BYTES.set(self._budget.used)
 
     async def drain(self) -> None:
         """Refuses new generations and waits for the running ones."""
         self._is_draining = True
         await self._idle.wait()
 
+    def stop(self) -> None:
+        """Ends what the drain has left. Free of charge: the gateway's end is not the client's."""
+        for generation in list(self._running.values()):
+            generation.end(unavailable("gateway", retry_after_s=1.0), EndCause.GATEWAY_LOST)
+
+    async def _admit(self, asked: Asked) -> Generation:
+        self._enter()
+        try:
+            generation = await self._admission.admit(asked, self._end)
+        except BaseException:
+            self._leave()
+            raise
+        self._running[generation.opening.generation_id] = generation
+        return generation
+
     def _enter(self) -> None:
         if self._is_draining:
             raise unavailable("gateway", retry_after_s=1.0)
         if self._admitting >= self._limits.generations_max:
             raise ResourceExhausted("too many generations are running", retry_after_s=1.0)
+        self._make_room()
+        if self._budget.is_exceeded:
+            raise ResourceExhausted("too much output is kept for replays", retry_after_s=1.0)
         self._admitting += 1
         self._idle.clear()
         metrics.GENERATIONS_RUNNING.set(self._admitting)
@@ -196,7 +270,13 @@ class Generations:
             self._idle.set()
         metrics.GENERATIONS_RUNNING.set(self._admitting)
 
-    def _cause_of_cancel(self, call: Call) -> EndCause:
+    def _leave_alone(self, generation: Generation, call: Call) -> None:
+        """A reader has gone: was it the last one, and does that end the generation?"""
+        if generation.readers or generation.terms.lives_on or generation.cause is not None:
+            return
+        generation.end(Cancelled("the caller went away"), self._cause_of_leaving(call))
+
+    def _cause_of_leaving(self, call: Call) -> EndCause:
         if self._is_draining:
             # The grace is over and the server ends its calls: not the client's doing.
             return EndCause.GATEWAY_LOST
@@ -204,142 +284,111 @@ class Generations:
             return EndCause.DEADLINE
         return EndCause.CLIENT_CANCELLED
 
-    async def _start(self, spec: generation_pb2.GenerationSpec, call: Call) -> RunningGeneration:
-        principal = call.require_principal()
-        start_time = self._clock.now()
-        generation_id = f"gen_{self._instance}_{ids.ulid(start_time, self._random_bits(ULID_BITS))}"
-        admitted = await self._admit(spec, principal)
-        hold = admitted.hold
-        try:
-            seed = spec.sampling.seed if spec.sampling.HasField("seed") else self._random_bits(64)
-            execution = convert.execution_to_pb(
-                spec,
-                admitted.offering,
-                seed=seed,
-                max_output_tokens=admitted.max_output_tokens,
-            )
-            placed = await self._place(generation_id, execution, call, principal)
-            try:
-                self._fit(admitted, placed)
-                return RunningGeneration(
-                    books=self._books,
-                    opening=Opening(
-                        generation_id=generation_id,
-                        slice_id=hold.slice.slice_id,
-                        account=f"accounts/{principal.organization}",
-                        project=f"projects/{principal.project}",
-                        api_key=f"apiKeys/{principal.key_id}",
-                        offering=admitted.offering.name,
-                        model_version=admitted.offering.model_version,
-                        price=admitted.price.name,
-                        input_tokens=placed.input_tokens,
-                        start_time=start_time,
-                    ),
-                    price=admitted.price,
-                    hold=hold,
-                    placed=placed,
-                    seed=seed,
-                    times=Times(arrived_s=call.started_s, accepted_s=self._clock.monotonic_s()),
-                )
-            except BaseException:
-                placed.abort()
-                raise
-        except BaseException:
-            self._books.slices.release(hold)
-            raise
-
-    async def _admit(self, spec: generation_pb2.GenerationSpec, principal: Principal) -> _Admitted:
-        """Checks the request and holds its worst case."""
-        if spec.WhichOneof("input") is None:
-            raise invalid_field(
-                "spec.input", FieldRule.REQUIRED, "chat, text or tokens is required"
-            )
-        offering = self._offerings.get(spec.model)
-        price = self._prices.get(offering.name, self._clock.now())
-        max_output_tokens = self._max_output_tokens(spec, offering)
-        worst = price.charge(
-            input_tokens=prompt_bound(convert.prompt_size(spec), offering),
-            output_tokens=max_output_tokens,
+    def _end(self, generation: Generation) -> None:
+        """A generation is over."""
+        opening = generation.opening
+        self._running.pop(opening.generation_id, None)
+        assert generation.cause is not None
+        if not generation.cause.is_charged:
+            self._requests.forget(generation)
+        is_kept = generation.terms.is_kept
+        if is_kept:
+            self._kept[opening.generation_id] = generation
+        self._ended[opening.generation_id] = _Ended(
+            opening.project, self._clock.monotonic_s() + self._limits.replay_window_s, is_kept
         )
-        hold = await self._books.slices.reserve(f"accounts/{principal.organization}", worst)
-        return _Admitted(
-            offering=offering, price=price, hold=hold, max_output_tokens=max_output_tokens
+        if len(self._ended) > ENDED_MAX:
+            self._forget_one(next(iter(self._ended)))
+        self._make_room()
+        self._leave()
+
+    def _forget(self, now_s: float) -> None:
+        while self._ended:
+            generation_id, ended = next(iter(self._ended.items()))
+            if ended.until_s > now_s:
+                return
+            self._forget_one(generation_id)
+
+    def _forget_one(self, generation_id: str) -> None:
+        del self._ended[generation_id]
+        self._drop_log(generation_id)
+
+    def _make_room(self) -> None:
+        """Drops what is kept, oldest first, while it is too much; not what is being read."""
+        while self._budget.is_exceeded:
+            idle = (key for key, generation in self._kept.items() if not generation.readers)
+            generation_id = next(idle, None)
+            if generation_id is None:
+                return
+            self._drop_log(generation_id)
+
+    def _drop_log(self, generation_id: str) -> None:
+        generation = self._kept.pop(generation_id, None)
+        if generation is not None:
+            self._requests.forget(generation)
+            if generation.log is not None:
+                generation.log.clear()
+
+    def _cut_stalled(self, before_s: float) -> None:
+        for reader, generation in list(self._reading.items()):
+            since_s = reader.writing_since_s
+            if since_s is None or since_s >= before_s:
+                continue
+            error = _stalled(generation, self._limits.stall_limit_s)
+            reader.fail(error)
+            if generation.terms.lives_on or not all(
+                other.done.done() for other in generation.readers
+            ):
+                continue
+            generation.end(error, EndCause.STALLED)
+
+    def _unknown(self, generation_id: str) -> MaasError:
+        """Tells what is over from what never was: an id names its gateway and its time."""
+        prefix, _, ulid = generation_id.rpartition("_")
+        if prefix != f"gen_{self._instance}":
+            return _not_found(generation_id)
+        started = ids.time_of_ulid(ulid)
+        now = self._clock.now()
+        if started is None or started > now:
+            return _not_found(generation_id)
+        if (now - started).total_seconds() < self._limits.replay_window_s:
+            return _not_found(generation_id)
+        return _expired(generation_id)
+
+
+def _require_project(project: str, principal: Principal) -> None:
+    if project != f"projects/{principal.project}":
+        raise PermissionDenied(
+            "the generation is another project's", metadata={"permission": "generations.get"}
         )
 
-    def _max_output_tokens(self, spec: generation_pb2.GenerationSpec, offering: Offering) -> int:
-        if not spec.stop.HasField("max_output_tokens"):
-            return min(offering.default_max_output_tokens, offering.context_length)
-        wanted = spec.stop.max_output_tokens
-        if wanted > offering.context_length:
-            raise invalid_field(
-                "spec.stop.max_output_tokens",
-                FieldRule.OUT_OF_RANGE,
-                f"must be at most {offering.context_length}, the context of {offering.name}",
-            )
-        return wanted
 
-    async def _place(
-        self,
-        generation_id: str,
-        execution: engine_pb2.Execution,
-        call: Call,
-        principal: Principal,
-    ) -> Placed:
-        def make(execution_id: str, epoch: int) -> engine_pb2.Execution:
-            attempt = engine_pb2.Execution()
-            attempt.CopyFrom(execution)
-            attempt.execution_id = execution_id
-            attempt.epoch = epoch
-            if call.deadline_s is not None:
-                left_s = max(call.deadline_s - self._clock.monotonic_s(), 0.001)
-                attempt.budget.CopyFrom(convert.duration_to_pb(left_s))
-            return attempt
-
-        wanted = Wanted(
-            execution_id=generation_id,
-            model_version=execution.model_version,
-            project=f"projects/{principal.project}",
-            max_wait_s=self._limits.queue_wait_s,
-        )
-        try:
-            return await self._placer.place(wanted, make)
-        except InvalidArgument as error:
-            raise _with_field(error, f"spec.{execution.WhichOneof('input')}") from error
-
-    def _fit(self, admitted: _Admitted, placed: Placed) -> None:
-        """Adjusts the hold to the exact prompt: the surplus goes back at once.
-
-        Raises:
-            FailedPrecondition: the prompt is larger than its bound and the rest is not there. Only
-                a template that adds more than its model version says can do that.
-        """
-        exact = admitted.price.charge(
-            input_tokens=placed.input_tokens, output_tokens=admitted.max_output_tokens
-        )
-        hold = admitted.hold
-        if exact <= hold.nanos:
-            self._books.slices.shrink(hold, exact)
-        elif not self._books.slices.try_grow(hold, exact - hold.nanos):
-            raise FailedPrecondition(
-                "the credit set aside does not cover the prompt",
-                reason=Reason.INSUFFICIENT_CREDIT,
-                metadata={
-                    "account": hold.slice.account,
-                    "requiredNanos": str(exact),
-                    "availableNanos": str(hold.nanos + hold.slice.free),
-                    "currency": CURRENCY,
-                },
-            )
+def _not_found(generation_id: str) -> NotFound:
+    return NotFound(
+        "the generation is not known here",
+        reason=Reason.GENERATION_NOT_FOUND,
+        metadata={"generationId": generation_id},
+    )
 
 
-def _with_field(error: InvalidArgument, default: str) -> InvalidArgument:
-    """Gives a worker's refusal the path of the field: its own, or that of the input."""
-    field = error.metadata.get("field", default)
-    is_length = error.reason is Reason.CONTEXT_LENGTH_EXCEEDED
-    rule = FieldRule.TOO_LONG if is_length else FieldRule.BAD_FORMAT
-    return InvalidArgument(
-        error.message,
-        reason=error.reason,
-        metadata=error.metadata,
-        violations=error.violations or [Violation(field, rule, error.message)],
+def _expired(generation_id: str) -> OutOfRange:
+    return OutOfRange("the replay window is over", metadata={"generationId": generation_id})
+
+
+def _outgrown(generation: Generation) -> OutOfRange:
+    return OutOfRange(
+        "the output is larger than what is kept of it",
+        metadata={"generationId": generation.opening.generation_id},
+    )
+
+
+def _stalled(generation: Generation, limit_s: float) -> Aborted:
+    return Aborted(
+        "the client stopped reading",
+        reason=Reason.CONSUMER_STALLED,
+        metadata={
+            "stallSeconds": f"{limit_s:g}",
+            "generationId": generation.opening.generation_id,
+            "resumable": str(generation.terms.lives_on).lower(),
+        },
     )

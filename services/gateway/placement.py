@@ -1,16 +1,18 @@
 """From an execution to a worker that has accepted it. Nothing here is visible to the client.
 
-The scheduler names a worker and fallbacks. While the scheduler cannot be reached, workers are taken
-from the table that its watch left behind, least loaded by this gateway's own count. A worker that
-refuses for a reason of its own is left out and the next is tried; a refusal that any worker would
-give ends the search.
+A slot that was leased in advance names a worker at once (spares.py). Else, or when that worker does
+not accept, the scheduler names a worker and fallbacks. While the scheduler cannot be reached,
+workers are taken from the table that its watch left behind, least loaded by this gateway's own
+count. A worker that refuses for a reason of its own is left out and the next is tried; a refusal
+that any worker would give ends the search.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+import itertools
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 
 import structlog
 from maas.engine.v1 import engine_pb2
@@ -18,6 +20,7 @@ from maas.engine.v1 import engine_pb2
 from libs.errors import DeadlineExceeded, MaasError, Reason
 from services.gateway.generation import Sink, new_sink
 from services.gateway.links import Link, LinkPool
+from services.gateway.spares import Lease, Spare, Spares
 from services.gateway.tables import Workers, no_ready_worker
 
 log = structlog.get_logger(__name__)
@@ -37,6 +40,9 @@ _TRY_ELSEWHERE = {
     Reason.RESOURCE_NOT_FOUND,
     Reason.SERVICE_UNAVAILABLE,
 }
+# What a worker says to a spare that the scheduler has taken back, or that is older than its present
+# registration: the worker is fine, and the scheduler may name it again.
+_SPARE_IS_STALE = {Reason.QUEUE_FULL, Reason.FENCED}
 # What the scheduler says itself, as against not being there.
 _SCHEDULER_SAYS = {Reason.NO_READY_WORKER, Reason.QUEUE_FULL, Reason.QUEUE_TIMEOUT}
 
@@ -63,10 +69,14 @@ class Slot:
     Attributes:
         slot_id: to give it back by; None for a placement of our own.
         targets: to be tried in order.
+        spares: slots for executions that may come.
+        start_within_s: seconds in which all of them have to start.
     """
 
     slot_id: str | None
     targets: list[Target]
+    spares: tuple[Spare, ...] = ()
+    start_within_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,16 +84,20 @@ class Wanted:
     """What is to be placed.
 
     Attributes:
-        execution_id: unique per attempt to place; the prefix of the ids of its rounds.
+        execution_id: prefix of the execution ids that are made for it; a spare brings its own.
         model_version: "models/{model}/versions/{version}".
         project: "projects/{project}", for fairness.
         max_wait_s: longest wait in the scheduler's queue.
+        excluded: workers that it must not get.
+        spare_ids: executions to lease slots for along with its own; the placer fills them in.
     """
 
     execution_id: str
     model_version: str
     project: str
     max_wait_s: float
+    excluded: frozenset[str] = frozenset()
+    spare_ids: tuple[str, ...] = ()
 
 
 AcquireSlot = Callable[[Wanted, str, list[str]], Awaitable[Slot]]
@@ -117,6 +131,19 @@ class Placed:
         self.link.abort(self.lane, self.sink)
 
 
+@dataclass(slots=True)
+class _Search:
+    """How far the search for a worker has come.
+
+    Attributes:
+        exclude: workers to leave out.
+        last: what the last worker said that did not accept.
+    """
+
+    exclude: list[str]
+    last: MaasError | None = None
+
+
 class Placer:
     """Places executions."""
 
@@ -127,11 +154,23 @@ class Placer:
         release: ReleaseSlot,
         workers: Workers,
         links: LinkPool,
+        spares: Spares | None = None,
     ) -> None:
+        """Keeps what it needs.
+
+        Args:
+            acquire: asks the scheduler.
+            release: gives a slot back.
+            workers: those that take work, for the time when the scheduler is away.
+            links: to workers.
+            spares: slots leased in advance; None leases none.
+        """
         self._acquire = acquire
         self._release = release
         self._workers = workers
         self._links = links
+        self._spares = spares
+        self._numbers = itertools.count()
 
     async def place(self, wanted: Wanted, make: MakeExecution) -> Placed:
         """Finds a worker that accepts.
@@ -139,44 +178,87 @@ class Placer:
         Raises:
             MaasError: what the last worker or the scheduler said.
         """
-        exclude: list[str] = []
-        last: MaasError | None = None
-        for number in range(ROUNDS_MAX):
-            execution_id = f"{wanted.execution_id}.{number}"
+        search = _Search(list(wanted.excluded))
+        if self._spares is not None:
+            placed = await self._on_spare(self._spares, wanted, make, search)
+            if placed is not None:
+                return placed
+        for _ in range(ROUNDS_MAX):
+            # Ids are never used twice, however often one generation is placed.
+            execution_id = f"{wanted.execution_id}.{next(self._numbers)}"
             try:
-                slot = await self._slot(wanted, execution_id, exclude)
+                slot = await self._slot(wanted, execution_id, search.exclude)
             except MaasError as error:
                 # The workers' own refusal says more than that no other is left.
-                if last is not None and error.reason is Reason.NO_READY_WORKER:
-                    raise last from error
+                if search.last is not None and error.reason is Reason.NO_READY_WORKER:
+                    raise search.last from error
                 raise
-            is_used = False
-            try:
-                for target in slot.targets:
-                    try:
-                        placed = await self._try(target, make(execution_id, target.epoch))
-                    except MaasError as error:
-                        if error.reason not in _TRY_ELSEWHERE:
-                            raise
-                        last = error
-                        exclude.append(target.worker)
-                        continue
-                    is_used = True
-                    return placed
-            finally:
-                if not is_used and slot.slot_id is not None:
-                    self._release(slot.slot_id)
-        assert last is not None
-        raise last
+            placed = await self._on_slot(slot.slot_id, slot.targets, execution_id, make, search)
+            if placed is not None:
+                return placed
+        assert search.last is not None
+        raise search.last
+
+    async def _on_spare(
+        self, spares: Spares, wanted: Wanted, make: MakeExecution, search: _Search
+    ) -> Placed | None:
+        """Tries a slot that was leased in advance; it has no fallbacks."""
+        spare = spares.take(wanted.model_version, wanted.excluded)
+        if spare is None:
+            return None
+        placed = await self._on_slot(spare.slot_id, [spare], spare.execution_id, make, search)
+        if search.last is not None and search.last.reason in _SPARE_IS_STALE:
+            search.exclude = list(wanted.excluded)
+        return placed
+
+    async def _on_slot(
+        self,
+        slot_id: str | None,
+        targets: Sequence[Target | Spare],
+        execution_id: str,
+        make: MakeExecution,
+        search: _Search,
+    ) -> Placed | None:
+        """Tries the targets of a slot and gives it back when none of them accepts."""
+        is_used = False
+        try:
+            for target in targets:
+                try:
+                    placed = await self._try(target, make(execution_id, target.epoch))
+                except MaasError as error:
+                    if error.reason not in _TRY_ELSEWHERE:
+                        raise
+                    search.last = error
+                    search.exclude.append(target.worker)
+                    continue
+                is_used = True
+                return placed
+        finally:
+            if not is_used and slot_id is not None:
+                self._release(slot_id)
+        return None
 
     async def _slot(self, wanted: Wanted, execution_id: str, exclude: list[str]) -> Slot:
         try:
-            return await self._acquire(wanted, execution_id, exclude)
+            return await self._acquire_with_spares(wanted, execution_id, exclude)
         except MaasError as error:
             if error.reason in _SCHEDULER_SAYS or isinstance(error, DeadlineExceeded):
                 raise
             log.warning("placing without the scheduler", cause=error.reason.value)
             return self._own_slot(wanted.model_version, exclude)
+
+    async def _acquire_with_spares(
+        self, wanted: Wanted, execution_id: str, exclude: list[str]
+    ) -> Slot:
+        # Who may not wait and brings spares gets nothing but a spare: the scheduler's rule.
+        if self._spares is None or wanted.max_wait_s <= 0:
+            return await self._acquire(wanted, execution_id, exclude)
+        with self._spares.order(wanted.model_version) as order:
+            if order.ids:
+                wanted = replace(wanted, spare_ids=tuple(order.ids))
+            slot = await self._acquire(wanted, execution_id, exclude)
+            order.lease = Lease(spares=slot.spares, start_within_s=slot.start_within_s)
+        return slot
 
     def _own_slot(self, model_version: str, exclude: list[str]) -> Slot:
         workers = self._workers.serving(model_version, set(exclude))
@@ -189,7 +271,7 @@ class Placer:
         ]
         return Slot(slot_id=None, targets=targets)
 
-    async def _try(self, target: Target, execution: engine_pb2.Execution) -> Placed:
+    async def _try(self, target: Target | Spare, execution: engine_pb2.Execution) -> Placed:
         link = self._links.get(target.worker, target.endpoint)
         if not link.is_up:
             await link.ready(LINK_WAIT_S)

@@ -1,43 +1,72 @@
-"""One accepted generation: what is counted, what is owed, and its one end.
+"""One accepted generation: its output, its readers, what is counted and owed, and its one end.
 
-Whatever ends it - the engine, the client, a deadline, a lost worker - comes through `finish`, and
-the first one wins. The count is journaled before the frame that it counts is released.
+    worker -> sink -> release (counted, journaled) -> readers, and the log for those who come later
+
+Whatever ends it - the engine, a client, a deadline, a revoked key, a lost worker - comes through
+`finish`, and the first one wins. A lost worker does not end it while another one can go on behind
+the output so far. Belongs to one event loop; needs no task of its own while output flows.
 """
 
 from __future__ import annotations
 
+import asyncio
+from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
+from maas.inference.v1 import generation_pb2
 
 from libs.clock import Clock
-from libs.errors import MaasError
-from services.gateway import metrics
-from services.gateway.domain import Closing, EndCause, Opening, Price, Usage
-from services.gateway.generation import Chunk
+from libs.errors import Internal, MaasError, OutOfRange, Reason
+from libs.process import Background, Cancel
+from services.gateway import frames, metrics
+from services.gateway.attempts import Attempts
+from services.gateway.domain import (
+    Closing,
+    EndCause,
+    Opening,
+    Price,
+    Usage,
+    cause_of,
+    is_movable,
+)
+from services.gateway.generation import rest_of
 from services.gateway.journal import Journal
 from services.gateway.placement import Placed
+from services.gateway.reader import Reader
+from services.gateway.release import Batch, Releaser
+from services.gateway.replay import ReplayLog
 from services.gateway.settlement import Settlement, Settler
 from services.gateway.slices import Hold, SliceBook
 
 log = structlog.get_logger(__name__)
 
+# Workers that one generation may lose. A request that kills every worker it meets must end.
+MOVES_MAX = 3
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Books:
-    """Where money is written down.
+    """Where money is written down, and what every generation shares.
 
     Attributes:
         journal: counts, before they are released.
         slices: what is held.
         settler: what has ended.
         clock: time.
+        releaser: releases output.
+        background: runs what moves generations to other workers.
+        move_wait_s: how long a generation whose worker was lost waits for another one.
     """
 
     journal: Journal
     slices: SliceBook
     settler: Settler
     clock: Clock
+    releaser: Releaser
+    background: Background
+    move_wait_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,36 +82,86 @@ class Times:
     accepted_s: float
 
 
-class RunningGeneration:
-    """A generation between acceptance and end."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What was agreed on.
+
+    Attributes:
+        price: frozen at admission.
+        max_output_tokens: never exceeded.
+        seed: in use.
+        with_ids: readers get token ids.
+        lives_on: it goes on without a reader.
+        is_kept: its log stays for the replay window.
+        request_id: idempotency key; empty when there is none.
+    """
+
+    price: Price
+    max_output_tokens: int
+    seed: int
+    with_ids: bool
+    lives_on: bool
+    is_kept: bool
+    request_id: str
+
+
+class Generation:
+    """A generation from acceptance on.
+
+    Attributes:
+        opening: as journaled.
+        terms: what was agreed on.
+        times: of its admission.
+        sequence: number of the last frame.
+        output_tokens: released.
+        readers: calls that read it or wait for its end.
+        log: deltas that were released; None when nobody may come later.
+        failure: why it has no result.
+        cause: of its end; None while it runs.
+        ended_s: monotonic.
+    """
 
     def __init__(
         self,
         *,
         books: Books,
         opening: Opening,
-        price: Price,
+        terms: Terms,
         hold: Hold,
+        attempts: Attempts,
         placed: Placed,
-        seed: int,
         times: Times,
+        log: ReplayLog | None,
+        on_end: Callable[[Generation], None],
     ) -> None:
         self.opening = opening
-        self.seed = seed
+        self.terms = terms
         self.times = times
+        self.sequence = 1
         self.output_tokens = 0
+        self.readers: list[Reader] = []
+        self.log = log
+        self.failure: MaasError | None = None
+        self.cause: EndCause | None = None
         self.first_s: float | None = None
         self.ended_s: float | None = None
-        # Since when a write waits for the client; None while none does.
-        self.writing_since_s: float | None = None
-        self.failure: MaasError | None = None
         self._books = books
-        self._price = price
         self._hold = hold
+        # Holds the prompt: only while another attempt may be needed.
+        self._attempts: Attempts | None = attempts
         self._placed = placed
-        self._is_finished = False
+        self._sink = placed.sink
+        self._on_end = on_end
+        self._token_ids = array("I")
+        self._end: generation_pb2.OutputEnd | None = None
+        self._is_complete = False
+        self._is_ready = False
+        self._moves = 0
+        self._stop_moving: Cancel | None = None
         # Journaled before the first frame; from here on the client owes the prompt.
         self._ordinal = books.journal.opened(opening)
+        self._sink.on_event = self.ready
+        self.ready()
 
     @property
     def usage(self) -> Usage:
@@ -92,56 +171,242 @@ class RunningGeneration:
     @property
     def charge(self) -> int:
         """Nanos at the frozen price for the counts so far."""
-        return self._price.charge(
+        return self.terms.price.charge(
             input_tokens=self.opening.input_tokens, output_tokens=self.output_tokens
         )
 
-    async def take(self) -> Chunk:
-        """Waits for output. Raises what ended the execution instead."""
-        chunk = await self._placed.sink.take()
-        if self.first_s is None:
-            self.first_s = self._books.clock.monotonic_s()
-        return chunk
+    @property
+    def end_of_output(self) -> generation_pb2.OutputEnd | None:
+        """How the output ended, once all of it is released."""
+        return self._end
 
-    def release(self, chunk: Chunk) -> None:
-        """Counts a chunk, in the journal first. Call right before it goes to the transport.
+    @property
+    def token_ids(self) -> array[int]:
+        """Tokens that were released."""
+        return self._token_ids
 
-        Raises:
-            Unavailable: the journal cannot be written; the chunk must not be sent.
-        """
-        count = self.output_tokens + len(chunk.token_ids)
-        if chunk.token_ids:
-            self._books.journal.progress(self._ordinal, count)
-        self.output_tokens = count
+    def attach(self, reader: Reader) -> None:
+        """Serves a reader until its `done` is set."""
+        self.readers.append(reader)
+        reader.attach(self.ready)
+        self.ready()
 
-    def cancel(self, error: MaasError) -> None:
-        """Ends the stream with an error from outside, such as CancelGeneration."""
+    def detach(self, reader: Reader) -> None:
+        """Serves a reader no more."""
+        self.readers.remove(reader)
+        reader.detach()
+        # Output that waited for this reader may be released without one.
+        self.ready()
+
+    def ready(self) -> None:
+        """Says that something may be released or written. On the token path."""
+        if not self._is_ready:
+            self._is_ready = True
+            self._books.releaser.add(self)
+
+    def release_into(self, batch: Batch) -> None:
+        """Releases what readers can take now."""
+        self._is_ready = False
+        if self._sink.failure is not None and self.cause is None:
+            self._lose(self._sink.failure)
+        takers = 0
+        for reader in self.readers:
+            if not reader.takes:
+                continue
+            takers += 1
+            if reader.is_idle:
+                frame = self._next_frame(reader, batch)
+                if frame is not None:
+                    batch.frames.append((reader, frame))
+        if not takers and self.cause is None and self._sink.is_over:
+            # Nobody reads now: all of it is kept for whoever comes, and counted with that.
+            while self._end is None and self.cause is None:
+                self._release(batch)
+        if self._is_complete or self.failure is not None:
+            self._dismiss()
+
+    def complete(self) -> None:
+        """Ends a generation whose last output is released and counted."""
+        if self.cause is not None:
+            return
+        self.finish(EndCause.COMPLETED)
+        self.sequence += 1
+        self._is_complete = True
+        self.ready()
+
+    def end(self, error: MaasError, cause: EndCause) -> None:
+        """Ends it without a result; all readers get the error. Repeating changes nothing."""
+        if self.cause is not None:
+            return
         self.failure = error
-        # At once: the handler may wait for a client that does not read.
-        self._placed.abort()
-        self._placed.sink.fail(error)
+        self.finish(cause)
+        for reader in self.readers:
+            reader.fail(error)
 
     def finish(self, cause: EndCause) -> None:
-        """Ends the generation: engine, journal, hold, settlement. Repeating changes nothing."""
-        if self._is_finished:
+        """Ends the execution, the hold and the record. Repeating changes nothing."""
+        if self.cause is not None:
             return
-        self._is_finished = True
-        self.ended_s = self._books.clock.monotonic_s()
+        self.cause = cause
+        books = self._books
+        self.ended_s = books.clock.monotonic_s()
+        self._sink.on_event = None
         self._placed.abort()
-        closing = Closing(
-            output_tokens=self.output_tokens, cause=cause, end_time=self._books.clock.now()
-        )
+        if self._stop_moving is not None:
+            self._stop_moving()
+        self._attempts = None
+        closing = Closing(output_tokens=self.output_tokens, cause=cause, end_time=books.clock.now())
         owed = self.charge if cause.is_charged else 0
-        self._books.slices.owe(self._hold, owed)
+        books.slices.owe(self._hold, owed)
         try:
-            self._books.journal.closed(self._ordinal, closing)
+            books.journal.closed(self._ordinal, closing)
         except MaasError:
             # The end is settled from memory; after a crash the journal's last count stands.
             log.error("journal lost an end", generation_id=self.opening.generation_id)  # noqa: TRY400
-        self._books.settler.put(
+        books.settler.put(
             Settlement(ordinal=self._ordinal, opening=self.opening, closing=closing, owed=owed)
         )
+        self._observe(cause)
+        self._on_end(self)
+
+    def _observe(self, cause: EndCause) -> None:
         metrics.GENERATIONS_ENDED.labels(cause.name).inc()
         metrics.TOKENS_RELEASED.inc(self.output_tokens)
         if self.first_s is not None:
             metrics.TIME_TO_FIRST_TOKEN.observe(self.first_s - self.times.arrived_s)
+
+    def _next_frame(self, reader: Reader, batch: Batch) -> generation_pb2.GenerationFrame | None:
+        """Returns what a reader gets next; None when it has to wait, or has all."""
+        if reader.cursor < self.sequence:
+            # What another reader was first to get waits for the interval of this one too.
+            is_open = self.cause is None and self._end is None and reader.cursor > 0
+            return None if is_open and not reader.is_due() else self._replay(reader)
+        if self.cause is not None or self._end is not None or not self._sink.has_output:
+            return None
+        if not self._sink.is_over and not reader.is_due():
+            return None
+        return self._release(batch)
+
+    def _release(self, batch: Batch) -> generation_pb2.GenerationFrame | None:
+        """Takes from the sink, counts, and makes the next frame."""
+        chunk = self._sink.take()
+        token_ids = chunk.token_ids
+        count = self.output_tokens + len(token_ids)
+        if count > self.terms.max_output_tokens:
+            log.error("worker exceeds max_output_tokens", worker=self._placed.link.worker)
+            self.end(engine_failure(self._placed.link.worker), EndCause.ENGINE_FAILURE)
+            return None
+        if token_ids:
+            batch.progress.append((self._ordinal, count))
+            self._token_ids.extend(token_ids)
+            self.output_tokens = count
+            if self.first_s is None:
+                self.first_s = self._books.clock.monotonic_s()
+        if self.log is not None:
+            self.log.append(chunk.text, count)
+        self.sequence += 1
+        if chunk.end is not None:
+            self._end = chunk.end
+            batch.ended.append(self)
+        return frames.delta(
+            sequence=self.sequence,
+            text=chunk.text,
+            token_ids=token_ids if self.terms.with_ids else (),
+            end=chunk.end,
+            output_tokens=count,
+        )
+
+    def _replay(self, reader: Reader) -> generation_pb2.GenerationFrame | None:
+        """Makes the frame behind a reader's last one, of what was released before."""
+        cursor = reader.cursor
+        if cursor < 1:
+            return frames.started(self, is_replay=reader.is_replay)
+        if self._is_complete and cursor == self.sequence - 1:
+            return frames.finished(self)
+        # Delta n of the log is frame n + 2: frame 1 is `started`.
+        replayed = self.log.read(cursor - 1) if self.log is not None else None
+        if replayed is None:
+            reader.fail(
+                OutOfRange(
+                    "the frames are not kept any more",
+                    metadata={"generationId": self.opening.generation_id},
+                )
+            )
+            return None
+        last = replayed.last + 2
+        is_last = self._end is not None and last == self.sequence - int(self._is_complete)
+        ids = self._token_ids[replayed.tokens_before : replayed.tokens_after]
+        return frames.delta(
+            sequence=last,
+            first_sequence=replayed.first + 2 if replayed.last > replayed.first else 0,
+            text=replayed.text,
+            token_ids=ids if self.terms.with_ids else (),
+            end=self._end if is_last else None,
+            output_tokens=replayed.tokens_after,
+        )
+
+    def _dismiss(self) -> None:
+        """Lets go of readers that have everything."""
+        for reader in self.readers:
+            if reader.takes and (reader.cursor < self.sequence or not reader.is_idle):
+                continue
+            if self.failure is not None:
+                reader.fail(self.failure)
+            else:
+                reader.complete()
+
+    def _lose(self, error: MaasError) -> None:
+        """The execution has failed: goes on with another worker if that can help."""
+        if not is_movable(error.reason) or self._moves == MOVES_MAX:
+            self.end(error, cause_of(error.reason))
+            return
+        self._moves += 1
+        lost = self._placed.link.worker
+        self._sink.on_event = None
+        self._sink = rest_of(self._sink)
+        self._stop_moving = self._books.background.start(
+            self._move(lost, error), name=f"move {self.opening.generation_id}"
+        )
+
+    async def _move(self, lost: str, error: MaasError) -> None:
+        """Goes on with another worker, behind all tokens that came from the lost one."""
+        assert self._attempts is not None
+        books = self._books
+        generation_id = self.opening.generation_id
+        rest = self._sink
+        token_ids = [*self._token_ids, *rest.token_ids]
+        give_up_s = books.clock.monotonic_s() + books.move_wait_s
+        try:
+            # A worker that neither accepts nor refuses must not hold it for longer.
+            async with asyncio.timeout(books.move_wait_s):
+                placed = await self._attempts.again(token_ids, lost, give_up_s)
+        except (MaasError, TimeoutError) as refusal:
+            log.warning("generation lost", generation_id=generation_id, cause=str(refusal))
+            self._stop_moving = None
+            self.end(error, cause_of(error.reason))
+            return
+        self._stop_moving = None
+        if placed.input_tokens != self.opening.input_tokens:
+            # Another tokenizer or template: what it would go on with is another text.
+            log.error("worker reads the prompt differently", worker=placed.link.worker)
+            placed.abort()
+            self.end(error, cause_of(error.reason))
+            return
+        log.info(
+            "generation moved",
+            generation_id=generation_id,
+            from_worker=lost,
+            to_worker=placed.link.worker,
+            output_tokens=len(token_ids),
+        )
+        metrics.GENERATIONS_MOVED.inc()
+        placed.sink.adopt(self._sink)
+        self._placed = placed
+        self._sink = placed.sink
+        self._sink.on_event = self.ready
+        self.ready()
+
+
+def engine_failure(worker: str) -> Internal:
+    """Makes the error for a worker that breaks its promises."""
+    return Internal("the engine failed", reason=Reason.ENGINE_FAILURE, metadata={"worker": worker})

@@ -6,82 +6,83 @@ from typing import TYPE_CHECKING, Any
 
 from maas.inference.v1 import generation_pb2, generation_service_pb2
 
-from libs.clock import Clock
-from libs.rpc import current_call
+from libs.errors import FieldRule, invalid_field
+from libs.rpc import Call, current_call
 from services.gateway import convert
-from services.gateway.domain import EndCause
+from services.gateway.admission import Asked
 from services.gateway.operations import Generations
-from services.gateway.running import RunningGeneration
+from services.gateway.reader import Reader
 
 if TYPE_CHECKING:
+    from google.protobuf.duration_pb2 import Duration
     from grpc.aio import ServicerContext
 
     Context = ServicerContext[Any, Any]
+
+FRAME_INTERVAL_MAX_S = 1.0
 
 
 class GenerationService:
     """maas.inference.v1.GenerationService."""
 
-    def __init__(self, generations: Generations, clock: Clock) -> None:
+    def __init__(self, generations: Generations) -> None:
         self._generations = generations
-        self._clock = clock
 
     async def StreamGenerate(
         self, request: generation_service_pb2.StreamGenerateRequest, context: Context
     ) -> None:
-        """Streams frames as the worker makes tokens; packs what is ready into one frame."""
-        spec = request.spec
-        with_ids = spec.output.return_token_ids
-        async with self._generations.run(spec, current_call()) as generation:
-            sequence = 1
-            await self._write(context, generation, sequence, started=_started(generation))
-            is_over = False
-            while not is_over:
-                chunk = await generation.take()
-                is_over = chunk.end is not None
-                generation.release(chunk)
-                sequence += 1
-                output = generation_pb2.OutputDelta(end=chunk.end)
-                if chunk.text:
-                    output.text = chunk.text
-                if with_ids:
-                    output.token_ids.extend(chunk.token_ids)
-                delta = generation_pb2.Delta(outputs=(output,))
-                await self._write(context, generation, sequence, delta=delta)
-            generation.finish(EndCause.COMPLETED)
-            finished = self._finished(generation)
-            await self._write(context, generation, sequence + 1, finished=finished)
+        """Streams frames as the worker makes tokens."""
+        call = current_call()
+        interval_s = _interval_s(request.stream.frame_interval, "stream.frame_interval")
+        asked = _asked(
+            request.spec, request.request_id, request.stream.on_disconnect, call, is_unary=False
+        )
+        generation, is_repeat = await self._generations.open(asked, call)
+        reader = Reader(
+            asked.principal.key_id,
+            write=context.write,
+            respond=_stream_response,
+            interval_s=interval_s,
+            is_replay=is_repeat,
+        )
+        await self._generations.read(generation, reader, call)
 
     async def Generate(
         self,
         request: generation_service_pb2.GenerateRequest,
         context: Context,  # noqa: ARG002 - signature of grpc
     ) -> generation_service_pb2.GenerateResponse:
-        """Collects all output; it counts as released with the answer."""
-        spec = request.spec
-        texts: list[str] = []
-        token_ids: list[int] = []
-        async with self._generations.run(spec, current_call()) as generation:
-            end = None
-            chunks = []
-            while end is None:
-                chunk = await generation.take()
-                chunks.append(chunk)
-                texts.append(chunk.text)
-                token_ids += chunk.token_ids
-                end = chunk.end
-            for chunk in chunks:
-                generation.release(chunk)
-            generation.finish(EndCause.COMPLETED)
-            output = generation_pb2.Output(
-                index=0,
-                text="".join(texts),
-                token_ids=token_ids if spec.output.return_token_ids else (),
-                end=end,
+        """Waits for the end; the output counts as released with the answer."""
+        call = current_call()
+        asked = _asked(request.spec, request.request_id, request.on_disconnect, call, is_unary=True)
+        generation, _ = await self._generations.open(asked, call)
+        result = await self._generations.read_whole(
+            generation, Reader(asked.principal.key_id), call
+        )
+        return generation_service_pb2.GenerateResponse(generation=result)
+
+    async def ResumeGeneration(
+        self, request: generation_service_pb2.ResumeGenerationRequest, context: Context
+    ) -> None:
+        """Streams what was missed, then what is new."""
+        call = current_call()
+        interval_s = _interval_s(request.frame_interval, "frame_interval")
+        principal = call.require_principal()
+        generation = self._generations.find(request.generation_id, principal)
+        if request.after_sequence > generation.sequence:
+            raise invalid_field(
+                "after_sequence",
+                FieldRule.OUT_OF_RANGE,
+                f"must be at most {generation.sequence}, the last frame so far",
             )
-            return generation_service_pb2.GenerateResponse(
-                generation=self._generation(generation, output)
-            )
+        reader = Reader(
+            principal.key_id,
+            write=context.write,
+            respond=_resume_response,
+            interval_s=interval_s,
+            after_sequence=request.after_sequence,
+        )
+        await self._generations.read(generation, reader, call)
 
     async def CancelGeneration(
         self,
@@ -93,68 +94,47 @@ class GenerationService:
         self._generations.cancel(request.generation_id, principal)
         return generation_service_pb2.CancelGenerationResponse()
 
-    async def _write(
-        self,
-        context: Context,
-        generation: RunningGeneration,
-        sequence: int,
-        *,
-        started: generation_pb2.Started | None = None,
-        delta: generation_pb2.Delta | None = None,
-        finished: generation_pb2.Finished | None = None,
-    ) -> None:
-        frame = generation_pb2.GenerationFrame(
-            sequence=sequence,
-            started=started,
-            delta=delta,
-            finished=finished,
-            output_tokens=generation.output_tokens,
-        )
-        generation.writing_since_s = self._clock.monotonic_s()
-        await context.write(generation_service_pb2.StreamGenerateResponse(frame=frame))
-        generation.writing_since_s = None
 
-    def _finished(self, generation: RunningGeneration) -> generation_pb2.Finished:
-        return generation_pb2.Finished(
-            usage=convert.usage_to_pb(generation.usage),
-            timings=self._timings(generation),
-            charge=convert.money_to_pb(generation.charge),
-        )
-
-    def _generation(
-        self, generation: RunningGeneration, output: generation_pb2.Output
-    ) -> generation_pb2.Generation:
-        opening = generation.opening
-        return generation_pb2.Generation(
-            generation_id=opening.generation_id,
-            offering=opening.offering,
-            model_version=opening.model_version,
-            outputs=[output],
-            usage=convert.usage_to_pb(generation.usage),
-            timings=self._timings(generation),
-            charge=convert.money_to_pb(generation.charge),
-            create_time=convert.timestamp_to_pb(opening.start_time),
-            seed=generation.seed,
-        )
-
-    def _timings(self, generation: RunningGeneration) -> generation_pb2.Timings:
-        times = generation.times
-        end_s = generation.ended_s or self._clock.monotonic_s()
-        first_s = generation.first_s if generation.first_s is not None else end_s
-        return generation_pb2.Timings(
-            queued=convert.duration_to_pb(times.accepted_s - times.arrived_s),
-            time_to_first_token=convert.duration_to_pb(first_s - times.arrived_s),
-            total=convert.duration_to_pb(end_s - times.arrived_s),
-        )
-
-
-def _started(generation: RunningGeneration) -> generation_pb2.Started:
-    opening = generation.opening
-    return generation_pb2.Started(
-        generation_id=opening.generation_id,
-        offering=opening.offering,
-        model_version=opening.model_version,
-        create_time=convert.timestamp_to_pb(opening.start_time),
-        input_tokens=opening.input_tokens,
-        seed=generation.seed,
+def _asked(
+    spec: generation_pb2.GenerationSpec,
+    request_id: str,
+    on_disconnect: generation_service_pb2.DisconnectPolicy.ValueType,
+    call: Call,
+    *,
+    is_unary: bool,
+) -> Asked:
+    lives_on = on_disconnect == generation_service_pb2.DISCONNECT_POLICY_CONTINUE
+    deadline_s = call.deadline_s
+    if lives_on and call.policy.default_deadline_s is not None:
+        # It does not depend on its caller's patience, but not even so does it run for ever.
+        deadline_s = call.started_s + call.policy.default_deadline_s
+    return Asked(
+        spec=spec,
+        request_id=request_id,
+        lives_on=lives_on,
+        is_unary=is_unary,
+        principal=call.require_principal(),
+        arrived_s=call.started_s,
+        deadline_s=deadline_s,
     )
+
+
+def _interval_s(duration: Duration, field: str) -> float:
+    seconds = convert.seconds_of(duration)
+    if not 0 <= seconds <= FRAME_INTERVAL_MAX_S:
+        raise invalid_field(
+            field, FieldRule.OUT_OF_RANGE, f"must be from 0 to {FRAME_INTERVAL_MAX_S:g} s"
+        )
+    return seconds
+
+
+def _stream_response(
+    frame: generation_pb2.GenerationFrame,
+) -> generation_service_pb2.StreamGenerateResponse:
+    return generation_service_pb2.StreamGenerateResponse(frame=frame)
+
+
+def _resume_response(
+    frame: generation_pb2.GenerationFrame,
+) -> generation_service_pb2.ResumeGenerationResponse:
+    return generation_service_pb2.ResumeGenerationResponse(frame=frame)

@@ -17,7 +17,7 @@ import structlog
 from libs.clock import Clock
 from libs.errors import InvalidArgument, MaasError
 from services.gateway import metrics
-from services.gateway.domain import Closing, Opening
+from services.gateway.domain import Charged, Closing, Opening, Usage
 from services.gateway.journal import Journal
 from services.gateway.slices import LEASE_MARGIN_S, SliceBook
 
@@ -87,6 +87,8 @@ class Settler:
         self._interval_s = interval_s
         self._idle_s = idle_s
         self._queue: list[Settlement] = []
+        # Of those in the queue: charged, with an idempotency key.
+        self._by_request: dict[tuple[str, str], Settlement] = {}
         self._wake = asyncio.Event()
         self._renew_at_s = 0.0
         self._lock = asyncio.Lock()
@@ -100,8 +102,25 @@ class Settler:
     def put(self, settlement: Settlement) -> None:
         """Queues a settlement. The queue is bounded by what slices can pay for."""
         self._queue.append(settlement)
+        if settlement.opening.request_id and settlement.closing.cause.is_charged:
+            self._by_request[_request_of(settlement)] = settlement
         metrics.SETTLEMENTS_QUEUED.set(len(self._queue))
         self._wake.set()
+
+    def find_charged(self, project: str, request_id: str) -> Charged | None:
+        """Finds what is charged under an idempotency key and not known to be durable."""
+        found = self._by_request.get((project, request_id))
+        if found is None:
+            return None
+        return Charged(
+            generation_id=found.opening.generation_id,
+            request_sha256=found.opening.request_sha256,
+            usage=Usage(
+                input_tokens=found.opening.input_tokens,
+                output_tokens=found.closing.output_tokens,
+            ),
+            nanos=found.owed,
+        )
 
     async def run(self) -> None:
         """Settles, renews and gives back, for ever."""
@@ -171,6 +190,7 @@ class Settler:
             self._journal.settled(ordinals)
         for item in batch:
             self._book.settled(item.opening.slice_id, item.owed)
+            self._by_request.pop(_request_of(item), None)
         # Only this task removes, so the batch is still the head of the queue.
         del self._queue[: len(batch)]
         metrics.SETTLEMENTS_QUEUED.set(len(self._queue))
@@ -190,4 +210,9 @@ class Settler:
         metrics.SETTLEMENTS_REFUSED.inc()
         self.refused += 1
         self._book.settled(batch[0].opening.slice_id, batch[0].owed)
+        self._by_request.pop(_request_of(batch[0]), None)
         del self._queue[:1]
+
+
+def _request_of(settlement: Settlement) -> tuple[str, str]:
+    return settlement.opening.project, settlement.opening.request_id

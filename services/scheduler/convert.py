@@ -64,7 +64,8 @@ def ask_from_pb(
     """Reads a request for a slot; a longer wait than allowed is cut.
 
     Raises:
-        InvalidArgument: the version has another form, or the wait is negative.
+        InvalidArgument: the version has another form, the wait is negative, or an execution that
+            may come has no id.
     """
     ids.parse_name(request.model_version, VERSION_PATTERN, field="model_version")
     wait_s = wait_default_s
@@ -78,7 +79,17 @@ def ask_from_pb(
         project=request.project,
         excluded=frozenset(request.exclude_workers),
         max_wait_s=min(wait_s, wait_max_s),
+        spare_execution_ids=_spare_ids(request),
     )
+
+
+def _spare_ids(request: placement_service_pb2.AcquireSlotRequest) -> tuple[str, ...]:
+    """Reads the executions that may come; one that is named twice counts once."""
+    wanted = request.spare_execution_ids
+    if "" in wanted:
+        field = f"spare_execution_ids[{list(wanted).index('')}]"
+        raise invalid_field(field, FieldRule.REQUIRED, "must not be empty")
+    return tuple(dict.fromkeys(wanted))
 
 
 def grant_to_pb(grant: Grant, start_within: Duration) -> placement_service_pb2.AcquireSlotResponse:
@@ -89,6 +100,14 @@ def grant_to_pb(grant: Grant, start_within: Duration) -> placement_service_pb2.A
         fallbacks=[_target_to_pb(item) for item in grant.fallbacks],
         start_within=start_within,
         queued=duration_to_pb(grant.queued_s),
+        spares=[
+            placement_service_pb2.SpareSlot(
+                slot_id=spare.slot_id,
+                execution_id=spare.execution_id,
+                target=_target_to_pb(spare.target),
+            )
+            for spare in grant.spares
+        ],
     )
 
 

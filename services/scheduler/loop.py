@@ -39,6 +39,7 @@ from services.scheduler.core.messages import (
     SlotsReleased,
     StreamBroken,
     StreamEnd,
+    TakeBack,
     Tick,
     WorkerHeard,
     WorkerRegistered,
@@ -185,12 +186,15 @@ class Scheduler:
         match command:
             case Grant():
                 metrics.GRANTS.inc()
+                metrics.SPARES_GRANTED.inc(len(command.spares))
                 if command.queued_s > 0:
                     metrics.QUEUE_WAIT.observe(command.queued_s)
                 self._answer(command.execution_id, command)
             case Refuse():
                 metrics.REFUSALS.labels(command.refusal.value).inc()
                 self._answer(command.execution_id, _error_of(command))
+            case TakeBack():
+                metrics.SPARES_TAKEN_BACK.inc()
             case EndStream():
                 self._end_stream(command)
             case _:
@@ -217,7 +221,8 @@ class Scheduler:
         elif answer.cancelled() or answer.exception() is not None:
             return
         # Else the slot came just before the caller left. Should another call for the same
-        # execution have got it as well, the worker's report brings it back.
+        # execution have got it as well, the worker's report brings it back. Spares only come with
+        # answers that nobody had to wait for.
         self._take(CallerGone(execution_id=execution_id))
 
     def _end_stream(self, command: EndStream) -> None:

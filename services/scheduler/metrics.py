@@ -10,7 +10,13 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from typing_extensions import override
 
-GRANTS = Counter("maas_scheduler_grants_total", "Slots granted.")
+GRANTS = Counter("maas_scheduler_grants_total", "Requests that got a slot.")
+SPARES_GRANTED = Counter(
+    "maas_scheduler_spares_granted_total", "Slots granted beside them for executions that may come."
+)
+SPARES_TAKEN_BACK = Counter(
+    "maas_scheduler_spares_taken_back_total", "Spares whose place went to a request."
+)
 REFUSALS = Counter("maas_scheduler_refusals_total", "Requests that got no slot.", ["reason"])
 QUEUE_WAIT = Histogram(
     "maas_scheduler_queue_wait_seconds",

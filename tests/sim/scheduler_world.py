@@ -1,6 +1,7 @@
 """A small world around the scheduler's core, driven by one seed.
 
-Gateways ask, cancel, repeat, start executions where they were told or on a fallback, or forget.
+Gateways ask, cancel, repeat, start executions where they were told or on a fallback, or forget;
+they take spares with their slots or ask for them ahead, and use, keep, return or forget them.
 Workers run them and report over streams that delay, double and lose messages; what else goes wrong
 is in scheduler_faults.py. Streams are as gRPC's: in order, and a loss ends the stream, though
 neither side may notice for a while. No clock, no I/O, no asyncio.
@@ -31,6 +32,7 @@ from services.scheduler.core.messages import (
     SlotAsked,
     SlotsReleased,
     StreamBroken,
+    TakeBack,
     Tick,
     WorkerHeard,
     WorkerRegistered,
@@ -53,6 +55,7 @@ from tests.sim.scheduler_parts import (
     Stream,
     info_of,
 )
+from tests.sim.scheduler_spares import SpareGateways
 
 
 class World:
@@ -72,11 +75,15 @@ class World:
         self._instances = itertools.count(1)
         self._epochs: dict[str, int] = {}
         self.state = self.new_state()
+        self.spares = SpareGateways(self)
         self.workers = [
             SimWorker("workers/a", 2, VERSIONS[:1]),
             SimWorker("workers/b", 1, VERSIONS[:1]),
             SimWorker("workers/c", 3, VERSIONS[1:]),
             SimWorker("workers/d", 2, VERSIONS),
+            # Only these two have room for spares.
+            SimWorker("workers/e", 8, VERSIONS[:1]),
+            SimWorker("workers/f", 16, VERSIONS),
         ]
 
     # The course of the world.
@@ -110,6 +117,7 @@ class World:
         commands = step(self.state, self.now_s, event)
         problems = self.state.check_integrity()
         self.claim(not problems, f"after {event}: {problems}")
+        self.spares.check()
         for command in commands:
             self.count(type(command).__name__)
             if isinstance(command, Grant):
@@ -117,6 +125,8 @@ class World:
             elif isinstance(command, Refuse):
                 self.count(command.refusal.value)
                 self._answer(command.execution_id, "refused")
+            elif isinstance(command, TakeBack):
+                self.spares.taken_back(command)
             else:
                 self._ended_by_core(command)
         return commands
@@ -153,17 +163,22 @@ class World:
             project=rng.choice(("projects/p", "projects/q", "projects/r")),
             excluded=frozenset(rng.sample(names, rng.choice((0, 0, 0, 1, 2)))),
             max_wait_s=rng.choice((0.0, rng.uniform(0.0, WAIT_MAX_S), WAIT_MAX_S)),
+            spare_execution_ids=tuple(
+                f"e{len(self.requests)}s{number}" for number in range(rng.choice((0, 0, 1, 2, 5)))
+            ),
         )
         self.requests[ask.execution_id] = Request(ask)
         self.ask(ask)
         if self.chance(0.15):
             self.after(rng.uniform(0.0, 2.0), lambda: self.cancel(ask.execution_id))
         if self.chance(0.15):
-            self.after(rng.uniform(0.0, 2.0), lambda: self.repeat(ask))
+            # Soon or late: the spares that came with the slot may still be there or not.
+            delay_s = rng.uniform(0.0, rng.choice((0.1, 2.0)))
+            self.after(delay_s, lambda: self.repeat(ask))
         if self.chance(0.05):
             self.after(self.rng.uniform(0.0, 1.0), self.place_alone)
         # Waves: sometimes more than there is room for, sometimes less.
-        rate = 20.0 if int(self.now_s) % 5 < 3 else 2.0
+        rate = 30.0 if int(self.now_s) % 5 < 3 else 2.0
         self.after(rng.expovariate(rate), self.arrive)
 
     def ask(self, ask: SlotAsked) -> None:
@@ -208,6 +223,7 @@ class World:
     def _granted(self, grant: Grant) -> None:
         is_first = not self.requests[grant.execution_id].outcome
         request = self._answer(grant.execution_id, "granted")
+        self.spares.granted(grant, request)
         slot = self.state.slots[grant.execution_id]
         worker = slot.worker
         self.claim(slot.slot_id == grant.slot_id, f"{grant} names another slot")
@@ -219,6 +235,7 @@ class World:
             self.claim(worker.free >= 0, f"{grant} is beyond the capacity of {worker.name}")
             self.claim(worker.state is WorkerState.READY, f"{grant} is on a draining worker")
             self.claim(worker.name not in request.ask.excluded, f"{grant} is excluded")
+            self.claim(slot.is_spare == request.ask.is_ahead, f"{grant} is marked wrongly")
             self.after(self.rng.expovariate(20.0), lambda: self.use(grant))
 
     def use(self, grant: Grant) -> None:

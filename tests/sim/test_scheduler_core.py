@@ -54,6 +54,13 @@ def test_the_world_is_worth_the_name() -> None:
         "hang",
         "reconnect",
         "drain",
+        "spare granted",
+        "spare said again",
+        "spare used",
+        "spare used that was gone",
+        "spare returned",
+        "spare forgotten",
+        "TakeBack",
     }
     assert {name for name in wanted if counts[name] < 5} == set()
 

@@ -91,6 +91,8 @@ class SlotAsked:
         project: who asks; projects take turns.
         excluded: workers that have just failed this request.
         max_wait_s: longest wait in the queue; 0 or less does not wait.
+        spare_execution_ids: executions that may come soon; the first of them get spare slots where
+            there is ample room.
     """
 
     execution_id: str
@@ -98,6 +100,12 @@ class SlotAsked:
     project: str = ""
     excluded: frozenset[str] = frozenset()
     max_wait_s: float
+    spare_execution_ids: tuple[str, ...] = ()
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether nobody stands behind it yet, so that its own slot is a spare like the others."""
+        return self.max_wait_s <= 0 and bool(self.spare_execution_ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +189,21 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Spare:
+    """A slot for an execution that may come.
+
+    Attributes:
+        execution_id: whose it would be.
+        slot_id: made here.
+        target: where to run.
+    """
+
+    execution_id: str
+    slot_id: str
+    target: Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
     """Tell whoever asked that the slot is theirs.
 
@@ -190,6 +213,7 @@ class Grant:
         target: where to run.
         fallbacks: where to try next, best first; nothing is reserved there.
         queued_s: time spent in the queue.
+        spares: slots for the first of the executions that may come.
     """
 
     execution_id: str
@@ -197,6 +221,7 @@ class Grant:
     target: Target
     fallbacks: tuple[Target, ...]
     queued_s: float
+    spares: tuple[Spare, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,4 +250,20 @@ class EndStream:
     current_epoch: int
 
 
-Command = Grant | Refuse | EndStream
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakeBack:
+    """Note that a spare slot has gone to a request.
+
+    Nobody is told: should the spare's execution start all the same, its worker reports it and finds
+    room for it in the engine's queue.
+
+    Attributes:
+        execution_id: whose slot it was.
+        slot_id: of the slot that is no more.
+    """
+
+    execution_id: str
+    slot_id: str
+
+
+Command = Grant | Refuse | TakeBack | EndStream

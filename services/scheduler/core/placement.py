@@ -15,17 +15,27 @@ workers apart whose executions differ in length. A missing KV signal counts as a
 engines that do not measure it compete by their slots alone. A slow worker needs no signal of its
 own: it keeps its slots for longer and so gets fewer.
 
-Pick: the lowest score of those with a free slot; among equals the one that got its last slot
-longest ago, so that idle workers take turns. The rest, in the same order and full ones last, are
-the fallbacks. O(n log n) in the workers of the version.
+Pick: the lowest score of those with a free slot; if there is none, of those with a spare to take
+back; among equals the one that got its last slot longest ago, so that idle workers take turns. The
+rest, in the same order and full ones last, are the fallbacks. O(n log n) in the workers of the
+version.
+
+Spares are given one by one, each to the worker with the lowest score of those with ample room. A
+worker has it while its spares, one more included, are at most a quarter of its room (free slots and
+spares), rounded down: so one of fewer than four slots never gives any.
 """
 
 from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
 
 from services.scheduler.core.messages import Target
 from services.scheduler.core.state import State, Worker
 
 KV_WEIGHT = 0.25
+# One spare for each so many slots of a worker's room.
+ROOM_FOR_SPARE = 4
 
 
 def ranked(state: State, model_version: str, excluded: frozenset[str]) -> list[Worker]:
@@ -45,10 +55,35 @@ def score(worker: Worker) -> float:
     return used + KV_WEIGHT * load.kv_used_tokens / load.kv_total_tokens
 
 
+def least_loaded_with_ample_room(workers: list[Worker]) -> Iterator[Worker]:
+    """Names the worker for one spare after the other; each has to be granted before the next.
+
+    O(n), and O(log n) for each spare.
+    """
+    heap = [
+        (_rank(worker), index, worker)
+        for index, worker in enumerate(workers)
+        if has_ample_room(worker)
+    ]
+    heapq.heapify(heap)
+    while heap:
+        _, index, worker = heap[0]
+        yield worker
+        if has_ample_room(worker):
+            heapq.heapreplace(heap, (_rank(worker), index, worker))
+        else:
+            heapq.heappop(heap)
+
+
+def has_ample_room(worker: Worker) -> bool:
+    """Tells whether a worker may give a spare, or another one."""
+    return len(worker.spares) < worker.room // ROOM_FOR_SPARE
+
+
 def target_of(worker: Worker) -> Target:
     """Says how to reach a worker."""
     return Target(worker=worker.name, endpoint=worker.registration.endpoint, epoch=worker.epoch)
 
 
-def _rank(worker: Worker) -> tuple[bool, float, int]:
-    return worker.free <= 0, score(worker), worker.granted_turn
+def _rank(worker: Worker) -> tuple[bool, bool, float, int]:
+    return worker.free <= 0, worker.room <= 0, score(worker), worker.granted_turn

@@ -6,6 +6,10 @@ slot is one execution's place on one worker, from its grant to its end:
     granted ──started──> running ──ended, released, worker lost──> gone
        └──────released, worker lost, start_by passed──────────────> gone
 
+A spare is a granted slot that no request stands behind yet. It is one until it starts, or until
+somebody asks for it by its execution id; as long as it is, a request that finds no free slot takes
+its place.
+
 Every index here can be recounted from another one; `check_integrity` does so.
 """
 
@@ -61,6 +65,7 @@ class Worker:
         lost_s: when it was lost.
         load: as last reported.
         slots: by execution id.
+        spares: those of `slots` that are spares, by execution id, the latest last.
         ended: executions that have ended here, the latest last.
         granted_turn: when it last got a slot.
         revision: of the state when what it is last changed.
@@ -75,6 +80,7 @@ class Worker:
     lost_s: float = 0.0
     load: Load | None = None
     slots: dict[str, Slot] = field(default_factory=dict)
+    spares: dict[str, Slot] = field(default_factory=dict)
     ended: dict[str, None] = field(default_factory=dict)
     granted_turn: int = 0
     revision: int = 0
@@ -89,6 +95,11 @@ class Worker:
         """Slots that may still be granted; reports of its own can take a worker below zero."""
         return self.registration.info.max_running - len(self.slots)
 
+    @property
+    def room(self) -> int:
+        """Slots that a request may have: the free ones and the spares."""
+        return self.free + len(self.spares)
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Slot:
@@ -99,12 +110,14 @@ class Slot:
         execution_id: whose it is.
         worker: where.
         start_by_s: when it is lost unless it has started; None once it has.
+        is_spare: no request stands behind it yet.
     """
 
     slot_id: str
     execution_id: str
     worker: Worker
     start_by_s: float | None
+    is_spare: bool = False
 
 
 class State:
@@ -197,8 +210,19 @@ class State:
             self.unstarted[execution_id] = slot
         return slot
 
+    def mark_spare(self, slot: Slot) -> None:
+        """Notes that no request stands behind a slot that has not started."""
+        slot.is_spare = True
+        slot.worker.spares[slot.execution_id] = slot
+
+    def unmark_spare(self, slot: Slot) -> None:
+        """Notes that somebody stands behind a slot, whether or not it was a spare."""
+        slot.is_spare = False
+        slot.worker.spares.pop(slot.execution_id, None)
+
     def start_slot(self, slot: Slot, worker: Worker) -> None:
         """Notes that the execution runs, and where: the slot moves there."""
+        self.unmark_spare(slot)
         slot.start_by_s = None
         self.unstarted.pop(slot.execution_id, None)
         if slot.worker is not worker:
@@ -211,6 +235,7 @@ class State:
         del self.slots[slot.execution_id]
         del self.slots_by_id[slot.slot_id]
         del slot.worker.slots[slot.execution_id]
+        slot.worker.spares.pop(slot.execution_id, None)
         self.unstarted.pop(slot.execution_id, None)
 
     # Queues.
@@ -250,7 +275,12 @@ class State:
 
     def check_integrity(self) -> list[str]:
         """Recounts everything; returns what does not agree, which is always a defect. O(all)."""
-        return [*self._check_slots(), *self._check_ready(), *self._check_queues()]
+        return [
+            *self._check_slots(),
+            *self._check_spares(),
+            *self._check_ready(),
+            *self._check_queues(),
+        ]
 
     def _check_slots(self) -> Iterable[str]:
         on_workers = {
@@ -269,6 +299,13 @@ class State:
                 yield f"slot {slot.slot_id} is on a lost worker"
             if slot.execution_id in self.waiting:
                 yield f"slot {slot.slot_id} is given and waited for"
+
+    def _check_spares(self) -> Iterable[str]:
+        for worker in self.workers.values():
+            if worker.spares != {key: slot for key, slot in worker.slots.items() if slot.is_spare}:
+                yield f"the spares of {worker.name} are miscounted"
+            if any(slot.start_by_s is None for slot in worker.spares.values()):
+                yield f"a spare of {worker.name} has started"
 
     def _check_ready(self) -> Iterable[str]:
         want = {
@@ -299,5 +336,5 @@ class State:
                 able = [item for item in ready if item.name not in waiter.excluded]
                 if not able and self.gathers_until_s is None:
                     yield f"{waiter.execution_id} waits for nobody"
-                if any(item.free > 0 for item in able):
-                    yield f"{waiter.execution_id} waits beside a free worker"
+                if any(item.room > 0 for item in able):
+                    yield f"{waiter.execution_id} waits beside a worker with room"

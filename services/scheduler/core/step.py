@@ -3,12 +3,14 @@
 Pure: no gRPC, SQL, clock, chance or asyncio; equal inputs in equal order give equal commands. A
 request that was asked for ends exactly once: granted, refused, or gone with its caller.
 
-Between steps no request waits that a worker with a free slot could run. So whoever comes finds
-either a free worker and no queue for it, or a queue to join: nobody is overtaken.
+Between steps no request waits that a worker with a free slot, or with a spare, could run. So
+whoever comes finds either a worker with room and no queue for it, or a queue to join: nobody is
+overtaken, and no request waits for a slot that is only kept for one that may come.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import assert_never
 
 from services.scheduler.core import placement
@@ -25,8 +27,10 @@ from services.scheduler.core.messages import (
     Refuse,
     SlotAsked,
     SlotsReleased,
+    Spare,
     StreamBroken,
     StreamEnd,
+    TakeBack,
     Tick,
     WorkerHeard,
     WorkerRegistered,
@@ -93,7 +97,9 @@ class _Step:
     def _ask(self, ask: SlotAsked) -> None:
         slot = self._state.slots.get(ask.execution_id)
         if slot is not None and slot.worker.name not in ask.excluded:
-            self._say_granted(slot, self._ranked(ask), queued_s=0.0)
+            if not ask.is_ahead:
+                self._state.unmark_spare(slot)
+            self._say_leased(slot, ask, self._ranked(ask))
             return
         if slot is not None:
             # It has failed there: the slot is of no use to this request any more.
@@ -102,14 +108,26 @@ class _Step:
             return
         workers = self._ranked(ask)
         can_wait = ask.max_wait_s > 0
-        if workers and workers[0].free > 0:
-            self._grant(workers[0], ask.execution_id, workers, queued_s=0.0)
+        if ask.is_ahead and workers:
+            self._ask_ahead(ask, workers)
+        elif workers and workers[0].room > 0:
+            self._say_leased(self._grant(workers[0], ask.execution_id), ask, workers)
         elif not workers and not (can_wait and self._is_gathering):
             self._refuse(ask, Refusal.NO_READY_WORKER)
         elif not can_wait:
             self._refuse(ask, Refusal.QUEUE_TIMEOUT)
         elif not self._state.put_waiter(_waiter_of(ask, self._now_s)):
             self._refuse(ask, Refusal.QUEUE_FULL)
+
+    def _ask_ahead(self, ask: SlotAsked, workers: list[Worker]) -> None:
+        """Grants spares only, the execution's own slot among them."""
+        worker = next(self._workers_for_spares(ask, workers), None)
+        if worker is None:
+            self._refuse(ask, Refusal.QUEUE_TIMEOUT)
+            return
+        slot = self._grant(worker, ask.execution_id)
+        self._state.mark_spare(slot)
+        self._say_leased(slot, ask, workers)
 
     def _leave(self, gone: CallerGone) -> None:
         waiter = self._state.waiting.get(gone.execution_id)
@@ -130,15 +148,58 @@ class _Step:
     def _ranked(self, who: SlotAsked | Waiter) -> list[Worker]:
         return placement.ranked(self._state, who.model_version, who.excluded)
 
-    def _grant(
-        self, worker: Worker, execution_id: str, workers: list[Worker], *, queued_s: float
-    ) -> None:
+    def _grant(self, worker: Worker, execution_id: str) -> Slot:
+        """Gives a place on a worker with room; where none is free spares make it, latest first.
+
+        The latest because gateways use the oldest first: it is the least likely to start now.
+        """
+        while worker.free <= 0 and worker.spares:
+            spare = next(reversed(worker.spares.values()))
+            self._state.remove_slot(spare)
+            self._commands.append(TakeBack(execution_id=spare.execution_id, slot_id=spare.slot_id))
         start_by_s = self._now_s + self._state.settings.start_within_s
         slot = self._state.add_slot(worker, execution_id, start_by_s)
         worker.granted_turn = self._state.next_turn()
-        self._say_granted(slot, workers, queued_s=queued_s)
+        return slot
 
-    def _say_granted(self, slot: Slot, workers: list[Worker], *, queued_s: float) -> None:
+    def _say_leased(self, slot: Slot, ask: SlotAsked, workers: list[Worker]) -> None:
+        """Answers at once, with spares."""
+        self._say_granted(slot, workers, queued_s=0.0, spares=self._lease(ask, workers))
+
+    def _lease(self, ask: SlotAsked, workers: list[Worker]) -> tuple[Spare, ...]:
+        """Grants spares to the first executions that may come, as far as there is ample room."""
+        if not ask.spare_execution_ids:
+            return ()
+        found: list[Spare] = []
+        choice = self._workers_for_spares(ask, workers)
+        for execution_id in ask.spare_execution_ids:
+            slot = self._state.slots.get(execution_id)
+            if slot is None and execution_id not in self._state.waiting:
+                worker = next(choice, None)
+                if worker is None:
+                    break
+                slot = self._grant(worker, execution_id)
+                self._state.mark_spare(slot)
+            # One that was given before, to a call that is repeated, is said again.
+            if slot is not None and slot.is_spare and slot.worker in workers:
+                target = placement.target_of(slot.worker)
+                found.append(Spare(execution_id=execution_id, slot_id=slot.slot_id, target=target))
+        return tuple(found)
+
+    def _workers_for_spares(self, ask: SlotAsked, workers: list[Worker]) -> Iterator[Worker]:
+        """Names workers with ample room; none while anybody waits for the version."""
+        if ask.model_version in self._state.queues:
+            return iter(())
+        return placement.least_loaded_with_ample_room(workers)
+
+    def _say_granted(
+        self,
+        slot: Slot,
+        workers: list[Worker],
+        *,
+        queued_s: float,
+        spares: tuple[Spare, ...] = (),
+    ) -> None:
         others = [worker for worker in workers if worker is not slot.worker]
         most = self._state.settings.fallbacks_max
         self._commands.append(
@@ -148,6 +209,7 @@ class _Step:
                 target=placement.target_of(slot.worker),
                 fallbacks=tuple(placement.target_of(worker) for worker in others[:most]),
                 queued_s=queued_s,
+                spares=spares,
             )
         )
 
@@ -161,13 +223,14 @@ class _Step:
         self._fill(slot.worker)
 
     def _fill(self, worker: Worker) -> None:
-        """Gives a worker's free slots to those who wait."""
-        while worker.state is WorkerState.READY and worker.free > 0:
+        """Gives a worker's room to those who wait."""
+        while worker.state is WorkerState.READY and worker.room > 0:
             waiter = self._state.take_waiter(worker)
             if waiter is None:
                 return
-            queued_s = self._now_s - waiter.asked_s
-            self._grant(worker, waiter.execution_id, self._ranked(waiter), queued_s=queued_s)
+            workers = self._ranked(waiter)
+            slot = self._grant(worker, waiter.execution_id)
+            self._say_granted(slot, workers, queued_s=self._now_s - waiter.asked_s)
 
     def _refuse_hopeless(self, model_versions: tuple[str, ...]) -> None:
         """Refuses those whom no worker is left for."""

@@ -5,45 +5,51 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maas.engine.v1 import engine_pb2, engine_service_pb2
-from maas.inference.v1 import generation_pb2, generation_service_pb2, generation_service_pb2_grpc
+from maas.inference.v1 import generation_pb2, generation_service_pb2
 
-from libs.auth import KeyRecord, KeyTable, Role, new_key, sha256_of
+from libs.auth import KeyTable, sha256_of
 from libs.clock import SystemClock
 from libs.config import ServerSection
-from libs.errors import FailedPrecondition, Reason, unavailable
 from libs.process import Background
-from libs.rpc import Peer, Server
+from libs.rpc import Server
 from libs.rpc.identity import Identity
-from services.gateway.domain import Offering, Price
+from services.gateway.admission import Admission, Rules
+from services.gateway.generation import Chunk, Sink
 from services.gateway.journal import Journal
 from services.gateway.links import SERVICES, LinkPool
 from services.gateway.operations import Generations, Limits
-from services.gateway.placement import Placer, Slot, Target, Wanted
+from services.gateway.placement import Placer, Target
+from services.gateway.release import Releaser
+from services.gateway.replay import Budget
 from services.gateway.running import Books
 from services.gateway.service import GenerationService
-from services.gateway.settlement import Settled, Settlement, Settler
-from services.gateway.slices import Grant, SliceBook
-from services.gateway.tables import Offerings, Prices, no_ready_worker
+from services.gateway.settlement import Settlement, Settler
+from services.gateway.slices import SliceBook
 from services.gateway.tables import Worker as KnownWorker
 from services.gateway.tables import Workers as WorkerTable
+from tests.integration.services.gateway.client import Client
+from tests.integration.services.gateway.neighbours import (
+    ALICE,
+    VERSION,
+    Billing,
+    Caller,
+    Scheduler,
+    key_table,
+    tables,
+)
 
 if TYPE_CHECKING:
-    from grpc.aio import ServicerContext, UnaryStreamCall
+    from grpc.aio import ServicerContext
 
     Context = ServicerContext[
         engine_service_pb2.ExecuteManyRequest, engine_service_pb2.ExecuteManyResponse
-    ]
-    Stream = UnaryStreamCall[
-        generation_service_pb2.StreamGenerateRequest,
-        generation_service_pb2.StreamGenerateResponse,
     ]
 
 TOKEN = "ms_gateway_test"
@@ -83,6 +89,19 @@ class ScriptedWorker:
 
     GetEngineInfo = Abort
     GetLoad = Abort
+
+
+async def taken(sink: Sink) -> Chunk:
+    """Waits for output and takes it; raises what ended the execution instead."""
+    event = asyncio.Event()
+    sink.on_event = event.set
+    while not sink.has_output and sink.failure is None:
+        async with asyncio.timeout(10):
+            await event.wait()
+        event.clear()
+    if sink.failure is not None:
+        raise sink.failure
+    return sink.take()
 
 
 @asynccontextmanager
@@ -130,12 +149,19 @@ class Worker(ScriptedWorker):
         accepted = engine_pb2.Accepted(lane=lane, input_tokens=input_tokens)
         self.responses.put_nowait(engine_pb2.StepEvents(accepted=[accepted]))
 
-    def say(self, lane: int, *words: str) -> None:
-        """Sends one step for each word, of one token each."""
-        for number, word in enumerate(words):
+    def say(self, lane: int, *words: str, first: int = 0) -> None:
+        """Sends one step for each word, of one token each; token ids count from `first`."""
+        for number, word in enumerate(words, first):
             self.responses.put_nowait(
                 engine_pb2.StepEvents(lanes=[lane], token_ids=[number], texts=[word])
             )
+
+    def step(self, lanes: list[int], words: list[str]) -> None:
+        """Sends one step with a token for each of several executions."""
+        token_ids = list(range(len(lanes)))
+        self.responses.put_nowait(
+            engine_pb2.StepEvents(lanes=lanes, token_ids=token_ids, texts=words)
+        )
 
     def end(self, lane: int) -> None:
         """Ends an execution well."""
@@ -154,56 +180,14 @@ class Worker(ScriptedWorker):
 
 
 @dataclass
-class Billing:
-    """One account, and what was settled on it."""
-
-    available: int = 10**9
-    settled: list[Settlement] = field(default_factory=list)
-
-    async def acquire(self, _: str, account: str, required: int, wanted: int) -> Grant:
-        """Sets money aside."""
-        if self.available < required:
-            raise FailedPrecondition(
-                "no credit", reason=Reason.INSUFFICIENT_CREDIT, metadata={"account": account}
-            )
-        granted = min(wanted, self.available)
-        self.available -= granted
-        return Grant(granted, 60.0)
-
-    async def settle(self, settlements: list[Settlement], _: list[str]) -> Settled:
-        """Takes settlements."""
-        self.settled += settlements
-        return Settled(lost_slice_ids=[], lease_s=60.0)
-
-    async def close(self, _: list[str]) -> None:
-        """Takes slices back."""
-
-
-class Scheduler:
-    """Names the workers that the test gave, in that order, without those excluded."""
-
-    def __init__(self) -> None:
-        self.targets: list[Target] = []
-        self.released: list[str] = []
-        self.is_away = False
-
-    async def acquire(self, wanted: Wanted, execution_id: str, exclude: list[str]) -> Slot:
-        """Gives a slot."""
-        if self.is_away:
-            raise unavailable("scheduler")
-        targets = [target for target in self.targets if target.worker not in exclude]
-        if not targets:
-            raise no_ready_worker(wanted.model_version)
-        return Slot(slot_id=f"slot-{execution_id}", targets=targets)
-
-    def release(self, slot_id: str) -> None:
-        """Takes a slot back."""
-        self.released.append(slot_id)
-
-
-@dataclass
 class World:
-    """A gateway in process, its neighbours, and a client of it."""
+    """A gateway in process, its neighbours, and clients of it.
+
+    Attributes:
+        endpoint: of the gateway.
+        client: of ALICE.
+        background: tasks of the gateway.
+    """
 
     workers: list[Worker]
     scheduler: Scheduler
@@ -211,99 +195,64 @@ class World:
     generations: Generations
     settler: Settler
     book: SliceBook
-    peer: Peer
-    stub: generation_service_pb2_grpc.GenerationServiceAsyncStub
+    journal: Journal
+    budget: Budget
+    keys: KeyTable
+    endpoint: str
+    client: Client
 
-    def request(self, **stop: int) -> generation_service_pb2.StreamGenerateRequest:
-        """Makes a request for a stream."""
-        return generation_service_pb2.StreamGenerateRequest(
-            spec=generation_pb2.GenerationSpec(
-                model="m",
-                text="hello",
-                stop=generation_pb2.StopOptions(max_output_tokens=stop.get("most", 100)),
-            )
-        )
+    def dial(self, caller: Caller = ALICE) -> Client:
+        """Makes a client with a connection of its own."""
+        return Client(self.endpoint, caller)
 
-    def stream(self, **stop: int) -> Stream:
-        """Opens a stream, to be cancelled by the test."""
-        metadata = (("authorization", f"Bearer {KEY.secret}"),)
-        return self.stub.StreamGenerate(
-            self.request(**stop), metadata=metadata, timeout=stop.get("timeout_s")
-        )
+    async def accepted(
+        self, worker: Worker | None = None, *, input_tokens: int = 3
+    ) -> engine_pb2.Execution:
+        """Has a worker, the first one by default, accept the next execution."""
+        worker = worker or self.workers[0]
+        execution = await worker.next_start()
+        worker.accept(execution.lane, input_tokens)
+        return execution
+
+    async def settlements(self, count: int) -> list[Settlement]:
+        """Waits for that many settlements, and sees that there are no more."""
+        async with asyncio.timeout(5):
+            while len(self.billing.settled) < count:
+                await self.settler.flush()
+                await asyncio.sleep(0)
+        await self.settler.flush()
+        assert len(self.billing.settled) == count
+        return self.billing.settled
 
     async def only_settlement(self) -> Settlement:
         """Waits for the one settlement there is to be."""
-        async with asyncio.timeout(5):
-            while not self.billing.settled:
-                await self.settler.flush()
-                await asyncio.sleep(0)
-        (found,) = self.billing.settled
-        return found
+        return (await self.settlements(1))[0]
 
-
-KEY = new_key(1, 2)
-VERSION = "models/m/versions/1"
-
-
-def _keys(clock: SystemClock) -> KeyTable:
-    table = KeyTable()
-    table.apply(
-        [
-            KeyRecord(
-                key_id=KEY.key_id,
-                secret_sha256=sha256_of(KEY.secret),
-                role=Role.TENANT,
-                is_active=True,
-                project="p",
-                organization="o",
-                revision=1,
-            )
-        ]
-    )
-    table.touch(clock.monotonic_s())
-    return table
-
-
-def _tables() -> tuple[Offerings, Prices]:
-    offerings, prices = Offerings(), Prices()
-    offerings.apply(
-        [
-            Offering(
-                name="offerings/m",
-                model_version=VERSION,
-                context_length=1000,
-                default_max_output_tokens=512,
-                default_temperature=1.0,
-                default_top_p=1.0,
-                default_top_k=0,
-                prompt_overhead_tokens=0,
-                message_overhead_tokens=0,
-            )
-        ]
-    )
-    # One token costs a thousand nanos, in and out.
-    prices.apply(
-        [
-            Price(
-                name="prices/p",
-                offering="offerings/m",
-                input_price=10**9,
-                output_price=10**9,
-                effective_time=datetime(2026, 1, 1, tzinfo=UTC),
-            )
-        ]
-    )
-    return offerings, prices
+    async def no_settlement(self) -> None:
+        """Sees that nothing is charged or held."""
+        await self.settler.flush()
+        assert self.billing.settled == []
+        await self.book.close_idle(0.0)
+        assert self.book.open_ids() == []
 
 
 @asynccontextmanager
 async def gateway(
-    folder: Path, *, worker_count: int = 1, stall_limit_s: float = 30.0, available: int = 10**9
+    folder: Path,
+    *,
+    worker_count: int = 1,
+    stall_limit_s: float = 30.0,
+    available: int = 10**9,
+    replay_window_s: float = 60.0,
+    replay_bytes_max: int = 4 * 1024 * 1024,
+    replay_total_bytes_max: int = 64 * 1024 * 1024,
+    move_wait_s: float = 1.0,
+    make_journal: Callable[[Path], Journal] = Journal,
 ) -> AsyncIterator[World]:
     """Serves a gateway and its workers on loopback ports."""
     clock = SystemClock()
     billing, scheduler = Billing(available), Scheduler()
-    offerings, prices = _tables()
+    offerings, prices = tables()
     table = WorkerTable()
     async with AsyncExitStack() as stack:
         background = await stack.enter_async_context(Background())
@@ -328,7 +277,7 @@ async def gateway(
             slice_nanos=1,
             slices_max=100,
         )
-        journal = Journal(folder)
+        journal = make_journal(folder)
         stack.callback(journal.close)
         settler = Settler(
             settle=billing.settle,
@@ -338,10 +287,22 @@ async def gateway(
             interval_s=0.01,
             idle_s=2.0,
         )
-        generations = Generations(
+        books = Books(
+            journal=journal,
+            slices=book,
+            settler=settler,
+            clock=clock,
+            releaser=Releaser(journal),
+            background=background,
+            move_wait_s=move_wait_s,
+        )
+        budget = Budget(replay_total_bytes_max)
+        keys = key_table(clock)
+        admission = Admission(
             instance="g1",
-            limits=Limits(generations_max=8, queue_wait_s=5.0, stall_limit_s=stall_limit_s),
-            books=Books(journal=journal, slices=book, settler=settler, clock=clock),
+            rules=Rules(queue_wait_s=5.0, replay_bytes_max=replay_bytes_max),
+            books=books,
+            budget=budget,
             offerings=offerings,
             prices=prices,
             placer=Placer(
@@ -350,16 +311,27 @@ async def gateway(
                 workers=table,
                 links=links,
             ),
+            find_charged=billing.find_charged,
+            is_revoked=keys.is_revoked,
             random_bits=secrets.randbits,
         )
-        background.start(generations.watch_stalls(), name="watch stalls")
+        generations = Generations(
+            instance="g1",
+            limits=Limits(
+                generations_max=8, stall_limit_s=stall_limit_s, replay_window_s=replay_window_s
+            ),
+            books=books,
+            budget=budget,
+            admission=admission,
+        )
+        keys.on_revoked(generations.revoke)
+        background.start(generations.watch(), name="watch generations")
         section = ServerSection(listen="127.0.0.1:0", metrics_listen="127.0.0.1:0")
-        server = Server(section, Identity(_keys(clock), {}, {}), is_public=True)
+        server = Server(section, Identity(keys, {}, {}), is_public=True)
         service = generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"]
-        server.add(GenerationService(generations, clock), service)
-        port = await server.start()
+        server.add(GenerationService(generations), service)
+        endpoint = f"127.0.0.1:{await server.start()}"
         stack.push_async_callback(server.stop, 0)
-        peer = await stack.enter_async_context(Peer(f"127.0.0.1:{port}", KEY.secret, [service]))
         yield World(
             workers=workers,
             scheduler=scheduler,
@@ -367,6 +339,9 @@ async def gateway(
             generations=generations,
             settler=settler,
             book=book,
-            peer=peer,
-            stub=generation_service_pb2_grpc.GenerationServiceStub(peer.channel),
+            journal=journal,
+            budget=budget,
+            keys=keys,
+            endpoint=endpoint,
+            client=await stack.enter_async_context(Client(endpoint)),
         )

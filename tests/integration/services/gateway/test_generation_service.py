@@ -2,154 +2,160 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import grpc
 import pytest
-from maas.inference.v1 import generation_pb2, generation_service_pb2
 
-from libs.errors import FailedPrecondition, MaasError, Reason, Unavailable
-from libs.rpc.status import error_of
+from libs.errors import FailedPrecondition, Internal, OutOfRange, Reason
 from services.gateway import placement
 from services.gateway.domain import EndCause
+from tests.integration.services.gateway.client import Wish, answer, refusal
 from tests.integration.services.gateway.harness import gateway
-
-if TYPE_CHECKING:
-    from tests.integration.services.gateway.harness import Stream
-
-NANOS_PER_TOKEN = 1000
-
-
-async def frames_of(stream: Stream) -> list[generation_pb2.GenerationFrame]:
-    """Reads a stream to its end. Raises what the gateway raised."""
-    frames: list[generation_pb2.GenerationFrame] = []
-    try:
-        while isinstance(
-            response := await stream.read(), generation_service_pb2.StreamGenerateResponse
-        ):
-            frames.append(response.frame)
-    except grpc.aio.AioRpcError as failure:
-        raise error_of(failure) from failure
-    return frames
-
-
-async def failure_of(stream: Stream) -> MaasError:
-    """Reads a stream that has to fail."""
-    with pytest.raises(MaasError) as caught:
-        await frames_of(stream)
-    return caught.value
-
-
-async def read_tokens(stream: Stream, tokens: int) -> None:
-    """Reads frames until that many tokens have come."""
-    count = 0
-    while count < tokens:
-        response = await stream.read()
-        assert isinstance(response, generation_service_pb2.StreamGenerateResponse)
-        count = response.frame.output_tokens
+from tests.integration.services.gateway.neighbours import NANOS_PER_TOKEN
 
 
 async def test_a_stream_is_numbered_counted_and_charged(tmp_path: Path) -> None:
     async with gateway(tmp_path) as world:
-        stream = world.stream()
+        stream = world.client.stream()
+        execution = await world.accepted(input_tokens=3)
         (worker,) = world.workers
-        execution = await worker.next_start()
-        worker.accept(execution.lane, input_tokens=3)
         worker.say(execution.lane, "a", "b", "c")
         worker.end(execution.lane)
 
-        frames = await frames_of(stream)
+        await stream.rest()
 
-        text = "".join(out.text for frame in frames for out in frame.delta.outputs)
-        finished = frames[-1].finished
-        assert text == "abc"
-        assert [frame.sequence for frame in frames] == list(range(1, len(frames) + 1))
-        assert frames[0].started.input_tokens == 3
+        finished = stream.last.finished
+        assert stream.text == "abc"
+        assert stream.sequences == list(range(1, len(stream.frames) + 1))
+        assert stream.frames[0].started.input_tokens == 3
         assert (finished.usage.input_tokens, finished.usage.output_tokens) == (3, 3)
         assert finished.charge.nanos == 6 * NANOS_PER_TOKEN
         settled = await world.only_settlement()
-        assert settled.opening.generation_id == frames[0].started.generation_id
+        assert settled.opening.generation_id == stream.generation_id
         assert (settled.closing.cause, settled.owed) == (EndCause.COMPLETED, 6 * NANOS_PER_TOKEN)
+
+
+async def test_a_unary_call_gets_the_same_counts_and_charge(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as world:
+        call = world.client.unary(Wish(with_ids=True))
+        execution = await world.accepted(input_tokens=3)
+        (worker,) = world.workers
+        worker.say(execution.lane, "a", "b", "c")
+        worker.end(execution.lane)
+
+        generation = await answer(call)
+
+        (output,) = generation.outputs
+        assert (output.text, list(output.token_ids)) == ("abc", [0, 1, 2])
+        assert (generation.usage.input_tokens, generation.usage.output_tokens) == (3, 3)
+        assert generation.charge.nanos == 6 * NANOS_PER_TOKEN
+        assert (await world.only_settlement()).owed == 6 * NANOS_PER_TOKEN
+
+
+async def test_nothing_is_kept_of_unary_calls_that_nobody_can_come_back_for(
+    tmp_path: Path,
+) -> None:
+    """Else the budget for replays fills up for ever, and then everything is refused."""
+    async with gateway(tmp_path) as world:
+        (worker,) = world.workers
+        for _ in range(2):
+            call = world.client.unary()
+            execution = await world.accepted()
+            worker.say(execution.lane, "a", "b")
+            worker.end(execution.lane)
+            await answer(call)
+        failing = world.client.unary()
+        execution = await world.accepted()
+        worker.fail(execution.lane, 13, "ENGINE_FAILURE")
+        await refusal(failing)
+
+        assert world.budget.used == 0
+
+
+async def test_a_unary_result_that_outgrew_what_is_kept_is_refused_as_such(
+    tmp_path: Path,
+) -> None:
+    async with gateway(tmp_path, replay_bytes_max=1000) as world:
+        call = world.client.unary()
+        execution = await world.accepted()
+        (worker,) = world.workers
+        worker.say(execution.lane, "x" * 2000)
+        worker.end(execution.lane)
+
+        error = await refusal(call)
+
+        assert isinstance(error, OutOfRange)
+        assert error.reason is Reason.REPLAY_EXPIRED
 
 
 async def test_nothing_is_sent_before_a_worker_accepts(tmp_path: Path) -> None:
     """A worker that refuses for a reason of its own is replaced, and the client sees nothing."""
     async with gateway(tmp_path, worker_count=2) as world:
-        stream = world.stream()
+        stream = world.client.stream()
         first, second = world.workers
         refused = await first.next_start()
         first.fail(refused.lane, 14, "WORKER_DRAINING")
-        execution = await second.next_start()
-        second.accept(execution.lane)
+        execution = await world.accepted(second)
         second.end(execution.lane)
 
-        frames = await frames_of(stream)
+        await stream.rest()
 
-        kinds = [frame.WhichOneof("event") for frame in frames]
-        assert kinds == ["started", "delta", "finished"]
+        assert stream.kinds == ["started", "delta", "finished"]
         assert world.scheduler.released == []
 
 
 async def test_a_refusal_of_the_request_itself_ends_the_search(tmp_path: Path) -> None:
     async with gateway(tmp_path, worker_count=2) as world:
-        stream = world.stream()
+        stream = world.client.stream()
         execution = await world.workers[0].next_start()
         world.workers[0].fail(execution.lane, 3, "CONTEXT_LENGTH_EXCEEDED")
 
-        error = await failure_of(stream)
+        error = await stream.failure()
 
         assert error.reason is Reason.CONTEXT_LENGTH_EXCEEDED
         assert [item.field for item in error.violations] == ["spec.text"]
         assert len(world.scheduler.released) == 1
-        await world.settler.flush()
-        assert world.billing.settled == []
+        await world.no_settlement()
 
 
 async def test_the_scheduler_away_places_from_the_table(tmp_path: Path) -> None:
     async with gateway(tmp_path) as world:
         world.scheduler.is_away = True
-        stream = world.stream()
-        (worker,) = world.workers
-        execution = await worker.next_start()
-        worker.accept(execution.lane)
-        worker.end(execution.lane)
+        stream = world.client.stream()
+        execution = await world.accepted()
+        world.workers[0].end(execution.lane)
 
-        assert (await frames_of(stream))[-1].HasField("finished")
+        assert (await stream.rest()).last.HasField("finished")
 
 
-async def test_a_worker_lost_in_mid_stream_costs_nothing(tmp_path: Path) -> None:
+async def test_a_worker_that_says_more_than_was_asked_for_is_cut(tmp_path: Path) -> None:
     async with gateway(tmp_path) as world:
-        stream = world.stream()
+        stream = world.client.stream(Wish(most=2))
+        execution = await world.accepted()
         (worker,) = world.workers
-        execution = await worker.next_start()
-        worker.accept(execution.lane)
-        worker.say(execution.lane, "a", "b")
-        await read_tokens(stream, 2)
+        worker.say(execution.lane, "a", "b", "c")
 
-        worker.break_stream()
-        error = await failure_of(stream)
+        error = await stream.failure()
 
-        assert isinstance(error, Unavailable)
-        assert error.reason is Reason.WORKER_LOST
+        assert isinstance(error, Internal)
+        assert error.reason is Reason.ENGINE_FAILURE
+        assert error.metadata == {"worker": "workers/w0"}
+        assert await worker.next_abort() == execution.lane
         settled = await world.only_settlement()
-        assert settled.closing.cause is EndCause.WORKER_LOST
-        assert (settled.closing.output_tokens, settled.owed) == (2, 0)
+        assert (settled.closing.cause, settled.owed) == (EndCause.ENGINE_FAILURE, 0)
 
 
 async def test_a_client_that_leaves_aborts_the_engine_and_pays_what_was_sent(
     tmp_path: Path,
 ) -> None:
     async with gateway(tmp_path) as world:
-        stream = world.stream()
+        stream = world.client.stream()
+        execution = await world.accepted()
         (worker,) = world.workers
-        execution = await worker.next_start()
-        worker.accept(execution.lane)
         worker.say(execution.lane, "a", "b")
-        await read_tokens(stream, 2)
+        await stream.until(2)
 
-        stream.cancel()
+        stream.call.cancel()
 
         assert await worker.next_abort() == execution.lane
         settled = await world.only_settlement()
@@ -159,29 +165,25 @@ async def test_a_client_that_leaves_aborts_the_engine_and_pays_what_was_sent(
 
 async def test_a_client_that_leaves_before_acceptance_pays_nothing(tmp_path: Path) -> None:
     async with gateway(tmp_path) as world:
-        stream = world.stream()
+        stream = world.client.stream()
         (worker,) = world.workers
         execution = await worker.next_start()
 
-        stream.cancel()
+        stream.call.cancel()
 
         assert await worker.next_abort() == execution.lane
-        await world.settler.flush()
-        assert world.billing.settled == []
-        await world.book.close_idle(0.0)
-        assert world.book.open_ids() == []
+        await world.no_settlement()
 
 
 async def test_a_deadline_is_its_own_cause(tmp_path: Path) -> None:
     async with gateway(tmp_path) as world:
-        stream = world.stream(timeout_s=1)
+        stream = world.client.stream(timeout_s=0.3)
         (worker,) = world.workers
-        execution = await worker.next_start()
-        assert 0 < execution.budget.ToMilliseconds() <= 1100
-        worker.accept(execution.lane)
+        execution = await world.accepted()
+        assert 0 < execution.budget.ToMilliseconds() <= 400
         worker.say(execution.lane, "a")
 
-        await failure_of(stream)
+        await stream.failure()
 
         assert await worker.next_abort() == execution.lane
         settled = await world.only_settlement()
@@ -193,107 +195,41 @@ async def test_a_prompt_above_its_bound_needs_credit_for_the_rest(tmp_path: Path
     """Only a template that adds more than its version says can do that; nothing is charged."""
     held = (5 + 2 + 100) * NANOS_PER_TOKEN
     async with gateway(tmp_path, available=held) as world:
-        stream = world.stream(most=100)
-        (worker,) = world.workers
-        execution = await worker.next_start()
-        worker.accept(execution.lane, input_tokens=500)
+        stream = world.client.stream(Wish(most=100))
+        execution = await world.accepted(input_tokens=500)
 
-        error = await failure_of(stream)
+        error = await stream.failure()
 
         assert isinstance(error, FailedPrecondition)
         assert error.reason is Reason.INSUFFICIENT_CREDIT
-        assert await worker.next_abort() == execution.lane
-        await world.settler.flush()
-        assert world.billing.settled == []
-
-
-async def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
-    async with gateway(tmp_path, stall_limit_s=0.4) as world:
-        stream = world.stream(most=1000)
-        (worker,) = world.workers
-        execution = await worker.next_start()
-        worker.accept(execution.lane)
-        # More than any window takes while nobody reads.
-        for _ in range(300):
-            worker.say(execution.lane, "x" * 200_000)
-
-        assert await worker.next_abort() == execution.lane
-        settled = await world.only_settlement()
-
-        assert settled.closing.cause is EndCause.STALLED
-        assert 0 < settled.closing.output_tokens < 300
-        error = await failure_of(stream)
-        assert error.reason is Reason.CONSUMER_STALLED
-
-
-async def test_a_drain_waits_for_streams_and_refuses_new_ones(tmp_path: Path) -> None:
-    async with gateway(tmp_path) as world:
-        stream = world.stream()
-        (worker,) = world.workers
-        execution = await worker.next_start()
-        worker.accept(execution.lane)
-        draining = asyncio.create_task(world.generations.drain())
-        await asyncio.sleep(0)
-
-        refused = await failure_of(world.stream())
-        worker.end(execution.lane)
-        frames = await frames_of(stream)
-        await draining
-
-        assert refused.reason is Reason.SERVICE_UNAVAILABLE
-        assert frames[-1].HasField("finished")
+        assert await world.workers[0].next_abort() == execution.lane
+        await world.no_settlement()
 
 
 async def test_generations_are_bounded(tmp_path: Path) -> None:
     async with gateway(tmp_path) as world:
-        streams = [world.stream() for _ in range(8)]
+        streams = [world.client.stream() for _ in range(8)]
         (worker,) = world.workers
         for _ in streams:
             await worker.next_start()
 
-        error = await failure_of(world.stream())
+        error = await world.client.stream().failure()
 
         assert error.reason is Reason.QUEUE_FULL
         for stream in streams:
-            stream.cancel()
+            stream.call.cancel()
 
 
 async def test_a_worker_that_never_accepts_is_left_for_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(placement, "ACCEPT_WAIT_S", 0.2)
+    monkeypatch.setattr(placement, "ACCEPT_WAIT_S", 0.1)
     async with gateway(tmp_path, worker_count=2) as world:
-        stream = world.stream()
+        stream = world.client.stream()
         first, second = world.workers
         ignored = await first.next_start()
-        execution = await second.next_start()
-        second.accept(execution.lane)
+        execution = await world.accepted(second)
         second.end(execution.lane)
 
         assert await first.next_abort() == ignored.lane
-        assert (await frames_of(stream))[-1].HasField("finished")
-
-
-async def test_a_generation_is_cancelled_from_elsewhere_while_nobody_reads(
-    tmp_path: Path,
-) -> None:
-    async with gateway(tmp_path) as world:
-        stream = world.stream(most=1000)
-        (worker,) = world.workers
-        execution = await worker.next_start()
-        worker.accept(execution.lane)
-        response = await stream.read()
-        assert isinstance(response, generation_service_pb2.StreamGenerateResponse)
-        for _ in range(300):
-            worker.say(execution.lane, "x" * 200_000)
-        request = generation_service_pb2.CancelGenerationRequest(
-            generation_id=response.frame.started.generation_id
-        )
-
-        await world.peer.call(world.stub.CancelGeneration, request)
-
-        assert await worker.next_abort() == execution.lane
-        error = await failure_of(stream)
-        assert error.reason is Reason.GENERATION_CANCELLED
-        settled = await world.only_settlement()
-        assert settled.closing.cause is EndCause.CLIENT_CANCELLED
+        assert (await stream.rest()).last.HasField("finished")

@@ -13,7 +13,7 @@ from libs.errors import InvalidArgument, Reason, Unavailable
 from libs.process import Background
 from services.gateway.generation import new_sink
 from services.gateway.links import WINDOW, Link, LinkPool
-from tests.integration.services.gateway.harness import END, TOKEN, ScriptedWorker, served
+from tests.integration.services.gateway.harness import END, TOKEN, ScriptedWorker, served, taken
 
 
 @asynccontextmanager
@@ -55,12 +55,12 @@ async def test_columns_reach_the_sink_of_their_lane() -> None:
         )
 
         assert (await first.accepted, await second.accepted) == (3, 5)
-        taken = await first.take()
-        assert (taken.text, taken.token_ids) == ("ab", [10, 11])
+        chunk = await taken(first)
+        assert (chunk.text, chunk.token_ids) == ("ab", [10, 11])
         text = ""
         ids: list[int] = []
         while True:
-            chunk = await second.take()
+            chunk = await taken(second)
             text, ids = text + chunk.text, ids + chunk.token_ids
             if chunk.end is not None:
                 break
@@ -116,7 +116,7 @@ async def test_a_broken_stream_fails_everything_on_it_and_comes_back() -> None:
         worker.responses.put_nowait(None)
 
         with pytest.raises(Unavailable) as caught:
-            await sink.take()
+            await taken(sink)
         assert caught.value.reason is Reason.WORKER_LOST
         assert caught.value.metadata == {"worker": "workers/w1"}
         await link.ready(5)
@@ -136,7 +136,7 @@ async def test_nonsense_from_a_worker_costs_that_worker_only() -> None:
         worker.responses.put_nowait(engine_pb2.StepEvents(lanes=[4711], token_ids=[1], texts=["x"]))
 
         with pytest.raises(Unavailable):
-            await sink.take()
+            await taken(sink)
         await link.ready(5)
 
 
@@ -152,7 +152,7 @@ async def test_credit_is_granted_as_messages_are_read() -> None:
             )
         received: list[int] = []
         while len(received) < WINDOW:
-            received += (await sink.take()).token_ids
+            received += (await taken(sink)).token_ids
         async with asyncio.timeout(5):
             while worker.granted < WINDOW + WINDOW // 2:
                 await worker.grants.get()

@@ -94,6 +94,7 @@ class Running:
         exclude: Sequence[str] = (),
         max_wait_s: float | None = None,
         timeout_s: float = PATIENCE_S,
+        spares: Sequence[str] = (),
     ) -> placement_service_pb2.AcquireSlotResponse:
         request = placement_service_pb2.AcquireSlotRequest(
             execution_id=execution_id,
@@ -101,6 +102,7 @@ class Running:
             project=project,
             exclude_workers=exclude,
             max_wait=None if max_wait_s is None else duration(max_wait_s),
+            spare_execution_ids=spares,
         )
         stub = placement_service_pb2_grpc.PlacementServiceStub(self.bare)
         token = self.callers.tokens["gateway"]

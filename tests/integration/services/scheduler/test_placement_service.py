@@ -212,6 +212,51 @@ async def test_projects_take_turns(suite: Running) -> None:
             assert (await other).target.worker == "workers/a"
 
 
+async def test_spares_say_where_to_run(suite: Running) -> None:
+    async with suite.registered(capacity=9) as worker:
+        slot = await suite.acquire("e1", spares=["s0", "s1", "s2"])
+
+        assert [spare.execution_id for spare in slot.spares] == ["s0", "s1"]
+        assert suite.slots() == ["e1", "s0", "s1"]
+        for spare in slot.spares:
+            assert (spare.target.worker, spare.target.endpoint) == ("workers/a", "a:50055")
+            assert spare.target.epoch == worker.epoch
+        await suite.release(*(spare.slot_id for spare in slot.spares))
+        assert suite.slots() == ["e1"]
+
+
+async def test_nobody_waits_for_a_spare_that_has_not_started(suite: Running) -> None:
+    async with suite.registered(capacity=5) as worker:
+        await suite.acquire("e1", spares=["s0"])
+        for number in range(4):
+            await suite.acquire(f"f{number}")
+        assert suite.slots() == ["e1", "f0", "f1", "f2", "f3"]
+
+        # Its gateway has not been told and starts it: the worker's report decides.
+        await worker.report(started=["s0"])
+        await until(lambda: "s0" in suite.slots())
+
+
+async def test_spares_that_never_start_are_freed(suite: Running) -> None:
+    async with suite.registered(capacity=5) as worker:
+        await suite.acquire("e1", spares=["s0"])
+        await worker.report(started=["e1"])
+        await suite.advance(CONFIG.start_within - 0.5)
+        await worker.load(running=1)
+        await until(lambda: suite.scheduler.workers()[0].load is not None)
+        assert suite.slots() == ["e1", "s0"]
+
+        await suite.advance(0.5)
+        await until(lambda: suite.slots() == ["e1"])
+
+
+async def test_more_spares_than_allowed_are_refused(suite: Running) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        await suite.acquire("e1", spares=[f"s{number}" for number in range(65)])
+
+    assert caught.value.violations[0].field == "spare_execution_ids"
+
+
 @pytest.mark.parametrize("version", ["tiny", "models/tiny", "models/tiny/versions/", "a/b/c/d"])
 async def test_a_version_of_another_form_is_refused(suite: Running, version: str) -> None:
     with pytest.raises(InvalidArgument) as caught:

@@ -79,4 +79,5 @@ def test_only_ends_of_the_clients_own_are_charged() -> None:
         EndCause.CLIENT_CANCELLED,
         EndCause.DEADLINE,
         EndCause.STALLED,
+        EndCause.REVOKED,
     }

@@ -46,8 +46,8 @@ def test_a_running_generation_is_recovered_at_its_last_count(tmp_path: Path) -> 
     first = Journal(tmp_path)
     first.slice_wanted("s1")
     ordinal = first.opened(opening(1))
-    first.progress(ordinal, 3)
-    first.progress(ordinal, 9)
+    first.progress([(ordinal, 3)])
+    first.progress([(ordinal, 9)])
     abandon(first)
 
     recovered = Journal(tmp_path).recover(LATER)
@@ -87,8 +87,8 @@ def test_what_is_settled_and_closed_is_not_recovered(tmp_path: Path) -> None:
 def test_a_torn_last_record_is_left_out(tmp_path: Path, torn_bytes: int) -> None:
     first = Journal(tmp_path)
     ordinal = first.opened(opening(1))
-    first.progress(ordinal, 3)
-    first.progress(ordinal, 9)
+    first.progress([(ordinal, 3)])
+    first.progress([(ordinal, 9)])
     path = first._path(first._number)
     abandon(first)
     path.write_bytes(path.read_bytes()[:-torn_bytes])
@@ -101,7 +101,7 @@ def test_a_torn_last_record_is_left_out(tmp_path: Path, torn_bytes: int) -> None
 def test_a_flipped_bit_ends_the_segment_and_not_the_start(tmp_path: Path) -> None:
     first = Journal(tmp_path)
     ordinal = first.opened(opening(1))
-    first.progress(ordinal, 3)
+    first.progress([(ordinal, 3)])
     path = first._path(first._number)
     abandon(first)
     data = bytearray(path.read_bytes())
@@ -115,7 +115,7 @@ def test_ordinals_of_two_processes_do_not_meet(tmp_path: Path) -> None:
     for number in (1, 2):
         process = Journal(tmp_path)
         ordinal = process.opened(opening(number))
-        process.progress(ordinal, 10 * number)
+        process.progress([(ordinal, 10 * number)])
         abandon(process)
 
     recovered = Journal(tmp_path).recover(LATER)
@@ -164,7 +164,7 @@ def test_progress_in_a_later_segment_still_counts(
     slow = process.opened(opening(0))
     for number in range(1, 20):
         process.settled([process.opened(opening(number))])
-    process.progress(slow, 77)
+    process.progress([(slow, 77)])
     abandon(process)
 
     recovered = Journal(tmp_path).recover(LATER)
@@ -199,6 +199,6 @@ def test_a_full_disk_is_a_typed_refusal(tmp_path: Path) -> None:
     process._descriptor = os.open("/dev/full", os.O_WRONLY)
 
     with pytest.raises(Unavailable) as caught:
-        process.progress(1, 1)
+        process.progress([(1, 1)])
     assert caught.value.metadata == {"dependency": "journal"}
     abandon(process)

@@ -20,6 +20,7 @@ from services.scheduler.core.messages import (
     Grant,
     Load,
     LoadReported,
+    Spare,
     Target,
     WorkerHeard,
 )
@@ -63,6 +64,41 @@ def test_a_version_named_twice_counts_once() -> None:
     info = convert.info_from_pb(engine_pb2.EngineInfo(model_versions=["b", "a", "b"]))
 
     assert info.model_versions == ("b", "a")
+
+
+def test_executions_that_may_come_are_read_once_each() -> None:
+    ask = convert.ask_from_pb(
+        _ask(spare_execution_ids=["s1", "s0", "s1"]), wait_default_s=30.0, wait_max_s=55.0
+    )
+
+    assert ask.spare_execution_ids == ("s1", "s0")
+
+
+def test_an_execution_that_may_come_has_an_id() -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        convert.ask_from_pb(
+            _ask(spare_execution_ids=["s0", ""]), wait_default_s=30.0, wait_max_s=55.0
+        )
+
+    assert caught.value.metadata == {"field": "spare_execution_ids[1]"}
+
+
+def test_spares_are_written_with_their_targets() -> None:
+    target = Target(worker="workers/a", endpoint="a:1", epoch=7)
+    spare = Spare(execution_id="s0", slot_id="slot-1", target=target)
+    grant = Grant(
+        execution_id="e1",
+        slot_id="slot-0",
+        target=target,
+        fallbacks=(),
+        queued_s=0.0,
+        spares=(spare,),
+    )
+
+    (got,) = convert.grant_to_pb(grant, Duration(seconds=5)).spares
+
+    assert (got.slot_id, got.execution_id) == ("slot-1", "s0")
+    assert (got.target.worker, got.target.endpoint, got.target.epoch) == ("workers/a", "a:1", 7)
 
 
 def _ask(**fields: object) -> placement_service_pb2.AcquireSlotRequest:

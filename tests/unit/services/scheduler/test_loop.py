@@ -21,8 +21,13 @@ from services.scheduler.loop import OBSERVE_S, TICK_S, Connection, Scheduler
 from tests.unit.services.scheduler.core.driver import VERSION, registration, settings
 
 
-def _ask(execution_id: str, *, max_wait_s: float = 30.0) -> SlotAsked:
-    return SlotAsked(execution_id=execution_id, model_version=VERSION, max_wait_s=max_wait_s)
+def _ask(execution_id: str, *, max_wait_s: float = 30.0, spares: tuple[str, ...] = ()) -> SlotAsked:
+    return SlotAsked(
+        execution_id=execution_id,
+        model_version=VERSION,
+        max_wait_s=max_wait_s,
+        spare_execution_ids=spares,
+    )
 
 
 class Rig:
@@ -213,6 +218,23 @@ async def test_refusals_are_typed_errors() -> None:
     assert full.value.reason is Reason.QUEUE_FULL
     assert late.value.reason is Reason.QUEUE_TIMEOUT
     assert None not in {away.value.retry_after_s, full.value.retry_after_s}
+
+
+async def test_spares_come_without_suspending_and_are_counted() -> None:
+    granted = metrics.SPARES_GRANTED._value.get()
+    taken_back = metrics.SPARES_TAKEN_BACK._value.get()
+    rig = Rig()
+    with rig.connect(capacity=5):
+        coroutine = rig.scheduler.acquire(_ask("e1", spares=("s0", "s1")))
+        with pytest.raises(StopIteration) as caught:
+            coroutine.send(None)
+        assert [spare.execution_id for spare in caught.value.value.spares] == ["s0"]
+
+        for number in range(4):
+            await rig.acquire(f"f{number}")
+
+    assert metrics.SPARES_GRANTED._value.get() == granted + 1
+    assert metrics.SPARES_TAKEN_BACK._value.get() == taken_back + 1
 
 
 async def test_leaving_the_block_loses_the_worker() -> None:

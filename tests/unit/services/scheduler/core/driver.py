@@ -22,6 +22,7 @@ from services.scheduler.core.messages import (
     SlotAsked,
     SlotsReleased,
     StreamBroken,
+    TakeBack,
     Tick,
     WorkerHeard,
     WorkerRegistered,
@@ -108,6 +109,7 @@ class Core:
         version: str = VERSION,
         excluded: Iterable[str] = (),
         max_wait_s: float = 30.0,
+        spares: Iterable[str] = (),
     ) -> list[Command]:
         return self.send(
             SlotAsked(
@@ -116,6 +118,7 @@ class Core:
                 project=project,
                 excluded=frozenset(f"workers/{name}" for name in excluded),
                 max_wait_s=max_wait_s,
+                spare_execution_ids=tuple(spares),
             )
         )
 
@@ -189,6 +192,21 @@ def granted(commands: list[Command]) -> dict[str, str]:
         for item in commands
         if isinstance(item, Grant)
     }
+
+
+def spared(commands: list[Command]) -> dict[str, str]:
+    """Workers by the executions that may come and got a spare there."""
+    return {
+        spare.execution_id: spare.target.worker.removeprefix("workers/")
+        for item in commands
+        if isinstance(item, Grant)
+        for spare in item.spares
+    }
+
+
+def taken_back(commands: list[Command]) -> list[str]:
+    """Executions whose spares went to requests."""
+    return [item.execution_id for item in commands if isinstance(item, TakeBack)]
 
 
 def refused(commands: list[Command]) -> dict[str, Refusal]:

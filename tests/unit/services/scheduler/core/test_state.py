@@ -87,9 +87,19 @@ def _wait_beside_free_worker(state: State) -> None:
     state.remove_slot(state.slots["e1"])
 
 
+def _miscount_spares(state: State) -> None:
+    state.slots["e2"].is_spare = True
+
+
+def _keep_a_spare_that_runs(state: State) -> None:
+    state.mark_spare(state.slots["e1"])
+
+
 @pytest.mark.parametrize(
     ("damage", "want"),
     [
+        (_miscount_spares, "spares of workers/b are miscounted"),
+        (_keep_a_spare_that_runs, "spare of workers/a has started"),
         (_lose_slot_on_worker, "slots differ"),
         (_lose_slot_by_id, "slots differ"),
         (_forget_that_it_has_to_start, "unstarted"),
@@ -101,7 +111,7 @@ def _wait_beside_free_worker(state: State) -> None:
         (_overfill_queue, "has 2 waiters"),
         (_miscount_queue, "miscounted"),
         (_wait_for_nobody, "waits for nobody"),
-        (_wait_beside_free_worker, "beside a free worker"),
+        (_wait_beside_free_worker, "beside a worker with room"),
     ],
 )
 def test_damage_is_found(damage: Callable[[State], None], want: str) -> None:

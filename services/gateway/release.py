@@ -1,0 +1,81 @@
+"""Release: from what workers have made to what clients are sent, once per turn of the event loop.
+
+    pushed -> ready -> | frames made, counts noted | journal: one write | frames to the transport |
+
+One message of a worker brings tokens for many generations. All of them are released together, so
+the journal is written once for all, and always before the first of them leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import structlog
+
+from libs.errors import Internal, MaasError
+from services.gateway.domain import EndCause
+from services.gateway.journal import Journal
+
+if TYPE_CHECKING:
+    from maas.inference.v1 import generation_pb2
+
+    from services.gateway.reader import Reader
+    from services.gateway.running import Generation
+
+log = structlog.get_logger(__name__)
+
+
+class Batch:
+    """What one turn releases.
+
+    Attributes:
+        progress: ordinal and output tokens of each generation whose count has grown.
+        frames: with the reader of each.
+        ended: generations whose last output is in this batch.
+    """
+
+    __slots__ = ("ended", "frames", "progress")
+
+    def __init__(self) -> None:
+        self.progress: list[tuple[int, int]] = []
+        self.frames: list[tuple[Reader, generation_pb2.GenerationFrame]] = []
+        self.ended: list[Generation] = []
+
+
+class Releaser:
+    """Releases for all generations of a gateway."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._ready: list[Generation] = []
+
+    def add(self, generation: Generation) -> None:
+        """Has a generation release what it can, soon. Once until it did."""
+        if not self._ready:
+            asyncio.get_running_loop().call_soon(self._run)
+        self._ready.append(generation)
+
+    def _run(self) -> None:
+        ready, self._ready = self._ready, []
+        batch = Batch()
+        for generation in ready:
+            try:
+                generation.release_into(batch)
+            except Exception:
+                # One generation's defect must not hold up all others.
+                log.exception("release failed", generation_id=generation.opening.generation_id)
+                generation.end(Internal("internal error"), EndCause.GATEWAY_LOST)
+        if batch.progress:
+            try:
+                self._journal.progress(batch.progress)
+            except MaasError as error:
+                # Nothing of this batch may be sent: it is not known to be counted.
+                for generation in ready:
+                    generation.end(error, EndCause.GATEWAY_LOST)
+                return
+        for generation in batch.ended:
+            generation.complete()
+        for reader, frame in batch.frames:
+            if reader.is_idle:
+                reader.write(frame)

@@ -1,0 +1,185 @@
+"""What stands around a gateway under test: billing, a scheduler, keys, a model and its price."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from libs.auth import KeyRecord, KeyTable, Role, new_key, sha256_of
+from libs.clock import Clock
+from libs.errors import FailedPrecondition, Reason, unavailable
+from services.gateway.domain import Charged, Offering, Price, Usage
+from services.gateway.placement import Slot, Target, Wanted
+from services.gateway.settlement import Settled, Settlement
+from services.gateway.slices import Grant
+from services.gateway.tables import Offerings, Prices, no_ready_worker
+
+VERSION = "models/m/versions/1"
+# Of input and of output alike.
+NANOS_PER_TOKEN = 1000
+
+
+@dataclass
+class Billing:
+    """One account, and what was settled on it.
+
+    Attributes:
+        available: nanos that are not set aside.
+        settled: in the order of the calls.
+        is_away: whether nothing is answered but the acquisition of slices.
+        lookups: idempotency keys that were asked for.
+    """
+
+    available: int = 10**9
+    settled: list[Settlement] = field(default_factory=list)
+    is_away: bool = False
+    lookups: list[str] = field(default_factory=list)
+
+    async def acquire(self, _: str, account: str, required: int, wanted: int) -> Grant:
+        """Sets money aside."""
+        if self.available < required:
+            raise FailedPrecondition(
+                "no credit", reason=Reason.INSUFFICIENT_CREDIT, metadata={"account": account}
+            )
+        granted = min(wanted, self.available)
+        self.available -= granted
+        return Grant(granted, 60.0)
+
+    async def settle(self, settlements: list[Settlement], _: list[str]) -> Settled:
+        """Takes settlements."""
+        if self.is_away:
+            raise unavailable("billing")
+        self.settled += settlements
+        return Settled(lost_slice_ids=[], lease_s=60.0)
+
+    async def close(self, _: list[str]) -> None:
+        """Takes slices back."""
+
+    async def find_charged(self, project: str, request_id: str) -> Charged | None:
+        """Finds what was settled and charged under an idempotency key."""
+        self.lookups.append(request_id)
+        if self.is_away:
+            raise unavailable("billing")
+        for item in self.settled:
+            opening, closing = item.opening, item.closing
+            if (opening.project, opening.request_id) != (project, request_id):
+                continue
+            if closing.cause.is_charged:
+                return Charged(
+                    generation_id=opening.generation_id,
+                    request_sha256=opening.request_sha256,
+                    usage=Usage(
+                        input_tokens=opening.input_tokens, output_tokens=closing.output_tokens
+                    ),
+                    nanos=item.owed,
+                )
+        return None
+
+
+class Scheduler:
+    """Names the workers that the test gave, in that order, without those excluded."""
+
+    def __init__(self) -> None:
+        self.targets: list[Target] = []
+        self.released: list[str] = []
+        self.is_away = False
+
+    async def acquire(self, wanted: Wanted, execution_id: str, exclude: list[str]) -> Slot:
+        """Gives a slot."""
+        if self.is_away:
+            raise unavailable("scheduler")
+        targets = [target for target in self.targets if target.worker not in exclude]
+        if not targets:
+            raise no_ready_worker(wanted.model_version)
+        return Slot(slot_id=f"slot-{execution_id}", targets=targets)
+
+    def release(self, slot_id: str) -> None:
+        """Takes a slot back."""
+        self.released.append(slot_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """A key and whose it is.
+
+    Attributes:
+        key_id: public part.
+        secret: the whole key.
+        project: id of its project.
+        organization: id of the organization that pays.
+    """
+
+    key_id: str
+    secret: str
+    project: str
+    organization: str
+
+    def record(self) -> KeyRecord:
+        """Makes what the table of keys knows of it."""
+        return KeyRecord(
+            key_id=self.key_id,
+            secret_sha256=sha256_of(self.secret),
+            role=Role.TENANT,
+            is_active=True,
+            project=self.project,
+            organization=self.organization,
+            revision=1,
+        )
+
+
+def _caller(number: int, project: str, organization: str) -> Caller:
+    key = new_key(number, number)
+    return Caller(key.key_id, key.secret, project, organization)
+
+
+ALICE = _caller(1, "p", "o")
+# Another key of the same project.
+BOB = _caller(2, "p", "o")
+# Another project.
+EVE = _caller(3, "q", "o2")
+
+
+def key_table(clock: Clock) -> KeyTable:
+    """Makes a fresh table that knows all callers."""
+    table = KeyTable()
+    table.apply([caller.record() for caller in (ALICE, BOB, EVE)])
+    table.touch(clock.monotonic_s())
+    return table
+
+
+def revoke(table: KeyTable, caller: Caller) -> None:
+    """Revokes a key, as auth's watch would."""
+    table.apply([dataclasses.replace(caller.record(), is_active=False, revision=2)])
+
+
+def tables() -> tuple[Offerings, Prices]:
+    """Makes one model, whose tokens cost a thousand nanos each, in and out."""
+    offerings, prices = Offerings(), Prices()
+    offerings.apply(
+        [
+            Offering(
+                name="offerings/m",
+                model_version=VERSION,
+                context_length=1000,
+                default_max_output_tokens=512,
+                default_temperature=1.0,
+                default_top_p=1.0,
+                default_top_k=0,
+                prompt_overhead_tokens=0,
+                message_overhead_tokens=0,
+            )
+        ]
+    )
+    prices.apply(
+        [
+            Price(
+                name="prices/p",
+                offering="offerings/m",
+                input_price=NANOS_PER_TOKEN * 10**6,
+                output_price=NANOS_PER_TOKEN * 10**6,
+                effective_time=datetime(2026, 1, 1, tzinfo=UTC),
+            )
+        ]
+    )
+    return offerings, prices
