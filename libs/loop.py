@@ -33,13 +33,16 @@ class EventLoop(uvloop.Loop):
     ) -> None:
         """Watches a file descriptor; see asyncio."""
         if isinstance(fd, socket.socket) and _POLLER in repr(callback):
-            callback = functools.partial(_all_but_one, fd, callback)
+            callback, args = (
+                functools.partial(_all_but_one, fd, functools.partial(callback, *args)),
+                (),
+            )
         super().add_reader(fd, callback, *args)
 
 
-def _all_but_one(wakes: socket.socket, callback: Callable[..., Any], *args: Any) -> None:
+def _all_but_one(wakes: socket.socket, callback: Callable[[], object]) -> None:
     """Leaves the callback the one byte that it reads by itself."""
     count = len(wakes.recv(_BYTES_MAX, socket.MSG_PEEK))
     if count > 1:
         wakes.recv(count - 1)
-    callback(*args)
+    callback()

@@ -186,5 +186,9 @@ def _method_handler(behaviour: Any, method: MethodDescriptor) -> grpc.RpcMethodH
         (True, True): grpc.stream_stream_rpc_method_handler,
     }[method.client_streaming, method.server_streaming]
     request = GetMessageClass(method.input_type)
-    response = GetMessageClass(method.output_type)
-    return shape(behaviour, request.FromString, response.SerializeToString)
+    return shape(behaviour, request.FromString, _serialized)
+
+
+def _serialized(message: Any) -> bytes:
+    """Writes a response, unless the handler has done so: bytes are sent as they are."""
+    return message if isinstance(message, bytes) else message.SerializeToString()

@@ -42,10 +42,12 @@ class Sink:
 
     Attributes:
         accepted: exact tokens of the prompt, once the worker has queued the execution.
-        on_event: called after output, an end or a failure has come.
+        on_output: called after output has come; None while nobody could take it.
+        on_event: called after an end or a failure has come.
     """
 
     accepted: asyncio.Future[int]
+    on_output: Callable[[], None] | None = None
     on_event: Callable[[], None] | None = None
     _texts: list[str] = field(default_factory=list)
     _token_ids: list[int] = field(default_factory=list)
@@ -61,8 +63,8 @@ class Sink:
         """New output. On the token path."""
         self._texts.append(text)
         self._token_ids += token_ids
-        if self.on_event is not None:
-            self.on_event()
+        if self.on_output is not None:
+            self.on_output()
 
     def finish(self, end: generation_pb2.OutputEnd) -> None:
         """The output has ended well."""

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from libs.errors import Cancelled, MaasError
 from libs.rpc.writer import CallWriter
+from services.gateway.ticker import Ticker
 
 if TYPE_CHECKING:
-    from maas.inference.v1 import generation_pb2
+    from services.gateway.frames import Frame
 
     Write = Callable[[Any], Coroutine[Any, Any, None]]
-    Respond = Callable[[generation_pb2.GenerationFrame], object]
 
 
 class Reader:
@@ -24,20 +24,20 @@ class Reader:
         cursor: sequence of the last frame that was handed to the transport.
         takes: whether frames are written to it; a unary call only waits for the end.
         is_replay: its request repeats another one's request_id.
+        is_collecting: it had a delta a moment ago and waits for more before the next one.
         writing_since_s: since when a write waits for the client; None while none does.
         done: set when the call has all it can get; or the error to end it with.
     """
 
     __slots__ = (
-        "_due_s",
         "_interval_s",
         "_loop",
         "_on_ready",
-        "_respond",
-        "_timer",
+        "_ticker",
         "_writer",
         "cursor",
         "done",
+        "is_collecting",
         "is_replay",
         "key_id",
         "takes",
@@ -49,7 +49,7 @@ class Reader:
         key_id: str,
         *,
         write: Write | None = None,
-        respond: Respond | None = None,
+        ticker: Ticker | None = None,
         interval_s: float = 0.0,
         after_sequence: int = 0,
         is_replay: bool = False,
@@ -59,8 +59,8 @@ class Reader:
         Args:
             key_id: of the caller.
             write: of the call's context; None for a unary call.
-            respond: makes the method's response of a frame.
-            interval_s: least time between two deltas.
+            ticker: wakes it after the interval.
+            interval_s: time in which output is collected; 0 sends at once.
             after_sequence: last frame that the caller has.
             is_replay: its request repeats another one's request_id.
         """
@@ -69,42 +69,32 @@ class Reader:
         self.cursor = after_sequence
         self.takes = write is not None
         self.is_replay = is_replay
+        self.is_collecting = False
         self.writing_since_s: float | None = None
         self.done: asyncio.Future[None] = self._loop.create_future()
-        self._respond = respond
         self._writer = CallWriter(write, self._written) if write is not None else None
+        self._ticker = ticker
         self._interval_s = interval_s
-        self._due_s = 0.0
-        self._timer: asyncio.TimerHandle | None = None
-        self._on_ready: Callable[[], None] | None = None
+        self._on_ready: Callable[[Reader], None] | None = None
 
     @property
     def is_idle(self) -> bool:
         """Whether a frame may be written to it."""
         return self._writer is not None and not self._writer.is_busy and not self.done.done()
 
-    def attach(self, on_ready: Callable[[], None]) -> None:
-        """Has `on_ready` called whenever it has become idle or due."""
+    def attach(self, on_ready: Callable[[Reader], None]) -> None:
+        """Has `on_ready` called whenever it has become idle or has collected long enough."""
         self._on_ready = on_ready
 
-    def is_due(self) -> bool:
-        """Tells whether the next delta may go now; if not, `on_ready` is called when it may."""
-        if not self._interval_s or self._loop.time() >= self._due_s:
-            return True
-        if self._timer is None:
-            self._timer = self._loop.call_at(self._due_s, self._wake)
-        return False
-
-    def write(self, frame: generation_pb2.GenerationFrame) -> None:
+    def write(self, frame: Frame) -> None:
         """Hands a frame to the transport."""
         assert self._writer is not None
-        assert self._respond is not None
         self.cursor = frame.sequence
-        now_s = self._loop.time()
-        self.writing_since_s = now_s
-        if self._interval_s and frame.HasField("delta"):
-            self._due_s = now_s + self._interval_s
-        self._writer.write(self._respond(frame))
+        self.writing_since_s = self._loop.time()
+        if self._ticker is not None and self._interval_s and frame.is_delta:
+            self.is_collecting = True
+            self._ticker.wait(self._interval_s, self._collected)
+        self._writer.write(frame.response)
 
     def complete(self) -> None:
         """Says that it has all that there is."""
@@ -121,14 +111,11 @@ class Reader:
     def detach(self) -> None:
         """Forgets the generation."""
         self._on_ready = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
-    def _wake(self) -> None:
-        self._timer = None
+    def _collected(self) -> None:
+        self.is_collecting = False
         if self._on_ready is not None:
-            self._on_ready()
+            self._on_ready(self)
 
     def _written(self, error: BaseException | None) -> None:
         self.writing_since_s = None
@@ -136,4 +123,4 @@ class Reader:
             # The call is over on the other side; its handler is told by the library.
             self.fail(Cancelled("the caller went away"))
         elif self._on_ready is not None:
-            self._on_ready()
+            self._on_ready(self)

@@ -18,8 +18,7 @@ from services.gateway.domain import EndCause
 from services.gateway.journal import Journal
 
 if TYPE_CHECKING:
-    from maas.inference.v1 import generation_pb2
-
+    from services.gateway.frames import Frame
     from services.gateway.reader import Reader
     from services.gateway.running import Generation
 
@@ -39,7 +38,7 @@ class Batch:
 
     def __init__(self) -> None:
         self.progress: list[tuple[int, int]] = []
-        self.frames: list[tuple[Reader, generation_pb2.GenerationFrame]] = []
+        self.frames: list[tuple[Reader, Frame]] = []
         self.ended: list[Generation] = []
 
 

@@ -31,6 +31,7 @@ from services.gateway.domain import (
     cause_of,
     is_movable,
 )
+from services.gateway.frames import Frame
 from services.gateway.generation import rest_of
 from services.gateway.journal import Journal
 from services.gateway.placement import Placed
@@ -188,7 +189,7 @@ class Generation:
     def attach(self, reader: Reader) -> None:
         """Serves a reader until its `done` is set."""
         self.readers.append(reader)
-        reader.attach(self.ready)
+        reader.attach(self._resume)
         self.ready()
 
     def detach(self, reader: Reader) -> None:
@@ -210,6 +211,7 @@ class Generation:
         if self._sink.failure is not None and self.cause is None:
             self._lose(self._sink.failure)
         takers = 0
+        self._sink.on_output = None
         for reader in self.readers:
             if not reader.takes:
                 continue
@@ -218,6 +220,8 @@ class Generation:
                 frame = self._next_frame(reader, batch)
                 if frame is not None:
                     batch.frames.append((reader, frame))
+                elif not reader.is_collecting:
+                    self._sink.on_output = self.ready
         if not takers and self.cause is None and self._sink.is_over:
             # Nobody reads now: all of it is kept for whoever comes, and counted with that.
             while self._end is None and self.cause is None:
@@ -251,6 +255,7 @@ class Generation:
         books = self._books
         self.ended_s = books.clock.monotonic_s()
         self._sink.on_event = None
+        self._sink.on_output = None
         self._placed.abort()
         if self._stop_moving is not None:
             self._stop_moving()
@@ -269,25 +274,37 @@ class Generation:
         self._observe(cause)
         self._on_end(self)
 
+    def _resume(self, reader: Reader) -> None:
+        """A reader can take the next frame, or waits for output. On the token path."""
+        if (
+            self.cause is None
+            and reader.cursor == self.sequence
+            and not reader.is_collecting
+            and not self._sink.has_output
+        ):
+            self._sink.on_output = self.ready
+        else:
+            self.ready()
+
     def _observe(self, cause: EndCause) -> None:
         metrics.GENERATIONS_ENDED.labels(cause.name).inc()
         metrics.TOKENS_RELEASED.inc(self.output_tokens)
         if self.first_s is not None:
             metrics.TIME_TO_FIRST_TOKEN.observe(self.first_s - self.times.arrived_s)
 
-    def _next_frame(self, reader: Reader, batch: Batch) -> generation_pb2.GenerationFrame | None:
+    def _next_frame(self, reader: Reader, batch: Batch) -> Frame | None:
         """Returns what a reader gets next; None when it has to wait, or has all."""
         if reader.cursor < self.sequence:
             # What another reader was first to get waits for the interval of this one too.
             is_open = self.cause is None and self._end is None and reader.cursor > 0
-            return None if is_open and not reader.is_due() else self._replay(reader)
+            return None if is_open and reader.is_collecting else self._replay(reader)
         if self.cause is not None or self._end is not None or not self._sink.has_output:
             return None
-        if not self._sink.is_over and not reader.is_due():
+        if reader.is_collecting and not self._sink.is_over:
             return None
         return self._release(batch)
 
-    def _release(self, batch: Batch) -> generation_pb2.GenerationFrame | None:
+    def _release(self, batch: Batch) -> Frame | None:
         """Takes from the sink, counts, and makes the next frame."""
         chunk = self._sink.take()
         token_ids = chunk.token_ids
@@ -316,7 +333,7 @@ class Generation:
             output_tokens=count,
         )
 
-    def _replay(self, reader: Reader) -> generation_pb2.GenerationFrame | None:
+    def _replay(self, reader: Reader) -> Frame | None:
         """Makes the frame behind a reader's last one, of what was released before."""
         cursor = reader.cursor
         if cursor < 1:

@@ -12,6 +12,7 @@ from services.gateway import convert
 from services.gateway.admission import Asked
 from services.gateway.operations import Generations
 from services.gateway.reader import Reader
+from services.gateway.ticker import Ticker
 
 if TYPE_CHECKING:
     from google.protobuf.duration_pb2 import Duration
@@ -27,6 +28,7 @@ class GenerationService:
 
     def __init__(self, generations: Generations) -> None:
         self._generations = generations
+        self._ticker = Ticker()
 
     async def StreamGenerate(
         self, request: generation_service_pb2.StreamGenerateRequest, context: Context
@@ -41,7 +43,7 @@ class GenerationService:
         reader = Reader(
             asked.principal.key_id,
             write=context.write,
-            respond=_stream_response,
+            ticker=self._ticker,
             interval_s=interval_s,
             is_replay=is_repeat,
         )
@@ -78,7 +80,7 @@ class GenerationService:
         reader = Reader(
             principal.key_id,
             write=context.write,
-            respond=_resume_response,
+            ticker=self._ticker,
             interval_s=interval_s,
             after_sequence=request.after_sequence,
         )
@@ -126,15 +128,3 @@ def _interval_s(duration: Duration, field: str) -> float:
             field, FieldRule.OUT_OF_RANGE, f"must be from 0 to {FRAME_INTERVAL_MAX_S:g} s"
         )
     return seconds
-
-
-def _stream_response(
-    frame: generation_pb2.GenerationFrame,
-) -> generation_service_pb2.StreamGenerateResponse:
-    return generation_service_pb2.StreamGenerateResponse(frame=frame)
-
-
-def _resume_response(
-    frame: generation_pb2.GenerationFrame,
-) -> generation_service_pb2.ResumeGenerationResponse:
-    return generation_service_pb2.ResumeGenerationResponse(frame=frame)

@@ -7,6 +7,7 @@ request, and says nothing of its content.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
 from maas.engine.v1 import engine_pb2
 
@@ -20,11 +21,29 @@ from libs.errors import (
 )
 from libs.limits import PUBLIC_REQUEST_BYTES_MAX
 from libs.rpc.validation import Validator
+from libs.units import affordable_output_tokens, charge_usage
 from services.worker.engine.base import EndReason, EngineInfo, EngineRequest, Sampling
 from services.worker.prompt import PromptBuilder
+from services.worker.stops import StopMatcher, matcher_of
 
 # Of the largest public request, and as much again of output released elsewhere.
 EXECUTION_BYTES_MAX = 2 * PUBLIC_REQUEST_BYTES_MAX
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """An admitted execution, as the worker runs it.
+
+    Attributes:
+        request: for the engine.
+        matcher: finds its stop sequences; None for none.
+        is_capped: max_output_tokens of the request is what the charge limit allows, and less than
+            what was asked for.
+    """
+
+    request: EngineRequest
+    matcher: StopMatcher | None
+    is_capped: bool
 
 
 class Admission:
@@ -60,11 +79,11 @@ class Admission:
         self._prompts.check_ids(execution.stop.stop_token_ids, "spec.stop.stop_token_ids")
         self._prompts.check_ids(execution.continue_token_ids, "continue_token_ids")
 
-    def request(self, execution: engine_pb2.Execution) -> EngineRequest:
-        """Makes the engine's request of a checked execution. May run in a thread.
+    def work(self, execution: engine_pb2.Execution) -> Work:
+        """Makes the work of a checked execution. May run in a thread.
 
         Raises:
-            InvalidArgument: the prompt is wrong, or does not fit.
+            InvalidArgument: the prompt is wrong, does not fit, or costs more than the charge limit.
         """
         prompt = self._prompts.build(execution)
         most = self._info.context_length - 1
@@ -76,10 +95,11 @@ class Admission:
             )
         sampling = execution.sampling
         stop = execution.stop
-        return EngineRequest(
+        affordable = _affordable(execution, len(prompt))
+        request = EngineRequest(
             prompt_ids=tuple(prompt),
             continue_ids=tuple(execution.continue_token_ids),
-            max_output_tokens=stop.max_output_tokens,
+            max_output_tokens=min(stop.max_output_tokens, affordable),
             stop_token_ids=frozenset(stop.stop_token_ids),
             ignore_eos=stop.ignore_eos,
             sampling=Sampling(
@@ -89,6 +109,8 @@ class Admission:
                 seed=sampling.seed,
             ),
         )
+        matcher = matcher_of(tuple(stop.stop_sequences))
+        return Work(request, matcher, is_capped=affordable < stop.max_output_tokens)
 
     def ended_before(self, request: EngineRequest) -> EndReason | None:
         """Tells how a continuation has ended that leaves nothing to do; None for all others."""
@@ -97,6 +119,38 @@ class Admission:
         if len(request.prompt_ids) + len(request.continue_ids) >= self._info.context_length:
             return EndReason.CONTEXT_FULL
         return None
+
+
+def _affordable(execution: engine_pb2.Execution, input_tokens: int) -> int:
+    """Returns the most output tokens that the charge limit allows; max_output_tokens without one.
+
+    Raises:
+        InvalidArgument: the prompt leaves no room for one token.
+    """
+    if not execution.HasField("charge_limit"):
+        return execution.stop.max_output_tokens
+    limit = execution.charge_limit
+    most = affordable_output_tokens(
+        nanos=limit.nanos,
+        input_tokens=input_tokens,
+        input_price=limit.input_price,
+        output_price=limit.output_price,
+    )
+    if most is None:
+        return execution.stop.max_output_tokens
+    if most < 1:
+        least = charge_usage(
+            input_tokens=input_tokens,
+            output_tokens=1,
+            input_price=limit.input_price,
+            output_price=limit.output_price,
+        )
+        raise invalid_field(
+            "spec.max_charge",
+            FieldRule.OUT_OF_RANGE,
+            f"must be at least {least} nanos: {input_tokens} input tokens and one of output",
+        )
+    return most
 
 
 def _require(execution: engine_pb2.Execution) -> None:

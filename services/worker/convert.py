@@ -28,9 +28,16 @@ def failure_to_pb(error: MaasError) -> engine_pb2.Failure:
     )
 
 
-def end_to_pb(ended: Ended) -> generation_pb2.OutputEnd:
-    """Turns an end that is neither an abort nor a failure into that of an output."""
+def end_to_pb(ended: Ended, *, is_capped: bool) -> generation_pb2.OutputEnd:
+    """Turns an end that is neither an abort nor a failure into that of an output.
+
+    Args:
+        ended: from the engine.
+        is_capped: its most tokens were what the charge limit allowed, and not what was asked for.
+    """
     end = generation_pb2.OutputEnd(reason=_FINISH_REASONS[ended.reason])
+    if is_capped and ended.reason is EndReason.MAX_TOKENS:
+        end.reason = generation_pb2.FINISH_REASON_CHARGE_LIMIT
     if ended.stop_token_id is not None:
         end.stop_token_id = ended.stop_token_id
     return end

@@ -33,7 +33,8 @@ from libs.errors import (
     invalid_field,
 )
 from services.worker import metrics, runs
-from services.worker.admission import Admission
+from services.worker.admission import Admission, Work
+from services.worker.alarm import Alarm
 from services.worker.convert import end_to_pb, failure_to_pb, stop_to_pb
 from services.worker.engine.base import (
     Ended,
@@ -41,14 +42,12 @@ from services.worker.engine.base import (
     Engine,
     EngineDied,
     EngineInfo,
-    EngineRequest,
     Lane,
     StepBatch,
 )
 from services.worker.prompt import is_short
 from services.worker.reports import Reports
 from services.worker.runs import UNLIMITED_S, Run, Stream
-from services.worker.stops import StopMatcher, matcher_of
 from services.worker.text import OutputText, TokenPieces
 
 log = structlog.get_logger(__name__)
@@ -99,7 +98,7 @@ class Executions:
         self._preparing = 0
         self._lanes = 0
         self._earliest_s = UNLIMITED_S
-        self._has_watch = asyncio.Event()
+        self._alarm = Alarm(clock, WATCH_TICK_S)
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         # Makes the error that everything new is refused with, once there is one.
@@ -185,17 +184,18 @@ class Executions:
                 have been told.
         """
         while True:
-            await self._has_watch.wait()
-            await self._clock.sleep_s(WATCH_TICK_S)
+            await self._alarm.wait()
             now_s = self._clock.monotonic_s()
             if now_s >= self._earliest_s:
                 self._expire(now_s)
             oldest = next(iter(self._ending.values()), None)
-            if oldest is not None and now_s >= oldest.stopped_s + self._abort_within_s:
-                self._die()
-                raise EngineDied(f"an execution did not end within {self._abort_within_s:g} s")
-            if oldest is None and self._earliest_s == UNLIMITED_S:
-                self._has_watch.clear()
+            if oldest is not None:
+                hung_s = oldest.stopped_s + self._abort_within_s
+                if now_s >= hung_s:
+                    self._die()
+                    raise EngineDied(f"an execution did not end within {self._abort_within_s:g} s")
+                self._alarm.set_by(hung_s)
+            self._alarm.set_by(self._earliest_s)
 
     async def drain(self) -> None:
         """Refuses what is new and waits for the rest; when cancelled, stops the rest."""
@@ -214,7 +214,7 @@ class Executions:
         self._admission.check(execution)
         run = Run(execution, stream, self._deadline_s(execution))
         if is_short(execution):
-            self._submit(run, *self._request(execution))
+            self._submit(run, self._work(execution))
             return
         if self._preparing >= PREPARING_MAX:
             raise ResourceExhausted("too many long prompts wait for the tokenizer")
@@ -248,9 +248,9 @@ class Executions:
         """Makes a long prompt away from the event loop."""
         loop = asyncio.get_running_loop()
         try:
-            made = await loop.run_in_executor(self._threads, self._request, execution)
+            made = await loop.run_in_executor(self._threads, self._work, execution)
             if run.failure is None:
-                self._submit(run, *made)
+                self._submit(run, made)
         except MaasError as error:
             if run.failure is None:
                 self._forget(run)
@@ -260,14 +260,13 @@ class Executions:
             self._preparing -= 1
             run.outbox.wake()
 
-    def _request(self, execution: engine_pb2.Execution) -> tuple[EngineRequest, StopMatcher | None]:
-        """Makes the engine's request, and what finds its stop sequences. May run in a thread.
+    def _work(self, execution: engine_pb2.Execution) -> Work:
+        """Makes what the engine and the text layer need. May run in a thread.
 
         A defect on one prompt must not end all others' stream.
         """
         try:
-            matcher = matcher_of(tuple(execution.stop.stop_sequences))
-            return self._admission.request(execution), matcher
+            return self._admission.work(execution)
         except MaasError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a tokenizer does wrong; its text may quote the prompt
@@ -276,9 +275,13 @@ class Executions:
             )
             raise Internal("internal error") from None
 
-    def _submit(self, run: Run, request: EngineRequest, matcher: StopMatcher | None) -> None:
-        """Puts an execution into the engine."""
+    def _submit(self, run: Run, work: Work) -> None:
+        """Puts an execution into the engine, unless all of it was released elsewhere."""
+        request = work.request
         ended = self._admission.ended_before(request)
+        if run.prime(self._pieces, work):
+            # Whatever the reason, the text layer says at the end which stop sequence it was.
+            ended = EndReason.STOP_TOKEN
         self._lanes += 1
         try:
             if ended is None:
@@ -286,7 +289,6 @@ class Executions:
         except EngineDied:
             raise runs.lost(self._worker) from None
         run.engine_lane = self._lanes
-        run.prime(self._pieces, matcher, request.continue_ids)
         self._add(run)
         self._running[self._lanes] = run
         self._reports.started(run.execution_id)
@@ -343,7 +345,7 @@ class Executions:
         assert lane is not None
         self._ending[lane] = self._running.pop(lane)
         run.stopped_s = self._clock.monotonic_s()
-        self._has_watch.set()
+        self._alarm.set_by(run.stopped_s + self._abort_within_s)
         self._engine.abort(lane)
 
     def _end(self, ended: Ended) -> None:
@@ -369,7 +371,7 @@ class Executions:
             run.tell_failure(error)
             metrics.EXECUTIONS.labels(error.reason.value).inc()
             return
-        end = end_to_pb(ended)
+        end = end_to_pb(ended, is_capped=run.is_capped)
         if run.text is not None:
             release = run.text.finish()
             run.show(release)
@@ -439,7 +441,7 @@ class Executions:
         self._is_idle.clear()
         if run.deadline_s < self._earliest_s:
             self._earliest_s = run.deadline_s
-            self._has_watch.set()
+            self._alarm.set_by(run.deadline_s)
 
     def _forget(self, run: Run) -> None:
         del self._by_id[run.execution_id]

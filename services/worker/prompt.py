@@ -10,6 +10,7 @@ without control tokens. Only such conversations may be tokenised a little differ
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 
@@ -27,6 +28,8 @@ SHORT_CHARACTERS_MAX = 4096
 STOP_CHARACTERS_MAX = 512
 # As much as a text prompt may have (generation.proto), and as tokenizers take at once.
 RENDERED_BYTES_MAX = 1024 * 1024
+# Shapes of conversations, (role, has content) of each message, whose control tokens are kept.
+SHAPES_MAX = 64
 
 _ROLES = {
     generation_pb2.ROLE_SYSTEM: "system",
@@ -64,6 +67,7 @@ class PromptBuilder:
         )
         self._template = template
         self._bos_id = bos_id
+        self._bare_controls = functools.lru_cache(SHAPES_MAX)(self._find_bare_controls)
 
     def build(self, execution: engine_pb2.Execution) -> Sequence[int]:
         """Returns the prompt of an execution.
@@ -128,17 +132,34 @@ class PromptBuilder:
                 f"is longer than {RENDERED_BYTES_MAX} bytes with the chat template",
             )
         ids = self._tokenizer.encode(rendered, parse_special=True)
-        scaffold = self._template.render(
+        # An empty content stays empty: templates ask for that.
+        if self._controls_of(ids) == self._bare_controls(
+            tuple((turn.role, bool(turn.content)) for turn in turns)
+        ):
+            return ids
+        return self._pieced(self._scaffold(turns), turns)
+
+    def _find_bare_controls(self, shape: tuple[tuple[str, bool], ...]) -> list[int]:
+        """Returns the control tokens of any conversation of a shape in which none was typed.
+
+        Kept for the shapes seen last, which are few: they are one half of a prompt's cost. A
+        template that asks for the date may come to render another scaffold, but not other control
+        tokens; where one did, the conversation would be put together from pieces.
+        """
+        scaffold = self._scaffold(
+            [Turn(role, "x" if has_content else "") for role, has_content in shape]
+        )
+        return self._controls_of(self._tokenizer.encode(scaffold, parse_special=True))
+
+    def _scaffold(self, turns: Sequence[Turn]) -> str:
+        """Renders a conversation with a placeholder for each content."""
+        assert self._template is not None
+        return self._template.render(
             [
-                # An empty content stays empty: templates ask for that.
                 Turn(turn.role, f"\ue000\ue001{row}\ue002\ue003" if turn.content else "")
                 for row, turn in enumerate(turns)
             ]
         )
-        bare = self._tokenizer.encode(scaffold, parse_special=True)
-        if self._controls_of(ids) == self._controls_of(bare):
-            return ids
-        return self._pieced(scaffold, turns)
 
     def _controls_of(self, ids: Sequence[int]) -> list[int]:
         controls = self._controls

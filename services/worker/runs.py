@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 
 from maas.engine.v1 import engine_pb2
 from maas.inference.v1 import generation_pb2
 
 from libs.errors import Cancelled, DeadlineExceeded, Internal, MaasError, Reason, Unavailable
+from services.worker.admission import Work
 from services.worker.convert import failure_to_pb
 from services.worker.engine.base import Lane
 from services.worker.outbox import Outbox
-from services.worker.stops import StopMatcher
 from services.worker.text import OutputText, Release, TokenPieces
 
 UNLIMITED_S = float("inf")
@@ -45,6 +44,7 @@ class Run:
         engine_lane: in the engine; None while it is being prepared.
         stopped_s: monotonic, when the engine was asked to end it.
         text: its text layer; None while every token is whole text of its own.
+        is_capped: see admission.Work.
         is_matching: it has stop sequences, so every token goes through the text layer.
         is_told: its stream has been told its end, or is gone.
         failure: why it was stopped from outside.
@@ -55,6 +55,7 @@ class Run:
         "engine_lane",
         "execution_id",
         "failure",
+        "is_capped",
         "is_matching",
         "is_told",
         "lane",
@@ -73,18 +74,24 @@ class Run:
         self.engine_lane: Lane | None = None
         self.stopped_s = UNLIMITED_S
         self.text: OutputText | None = None
+        self.is_capped = False
         self.is_matching = False
         self.is_told = False
         self.failure: MaasError | None = None
 
-    def prime(
-        self, pieces: TokenPieces, matcher: StopMatcher | None, released: Sequence[int]
-    ) -> None:
-        """Prepares the text layer: for stop sequences, and behind what was released elsewhere."""
-        self.is_matching = matcher is not None
-        if self.is_matching or released:
-            self.text = OutputText(pieces, matcher)
-            self.text.prime(released)
+    def prime(self, pieces: TokenPieces, work: Work) -> bool:
+        """Prepares the text layer: for stop sequences, and behind what was released elsewhere.
+
+        Returns:
+            whether a stop sequence has ended the output already, and only its end was lost.
+        """
+        released = work.request.continue_ids
+        self.is_capped = work.is_capped
+        self.is_matching = work.matcher is not None
+        if not (self.is_matching or released):
+            return False
+        self.text = OutputText(pieces, work.matcher)
+        return self.text.prime(released)
 
     def show(self, release: Release) -> None:
         """Appends released tokens to the columns; their text stands with the last of them."""

@@ -29,6 +29,7 @@ from services.worker.stops import ROOT, StopMatcher
 # UTF-8 never needs more to tell what an unfinished character is.
 _UNFINISHED_BYTES_MAX = 3
 _CHARACTER_BYTES_MAX = 4
+_CONTINUING = bytes(range(0x80, 0xC0))
 _SURROGATE_LEAD = 0xED
 _SURROGATE_MIN = 0xA0
 
@@ -96,6 +97,7 @@ class OutputText:
         "_pieces",
         "_starts",
         "_state",
+        "_stopped_before",
         "_text",
         "_token_ids",
         "_unfinished",
@@ -114,16 +116,26 @@ class OutputText:
         # (held tokens, characters) after each held token behind which no character is unfinished.
         self._boundaries: list[tuple[int, int]] = []
         self._is_over = False
+        # The stop sequence in what was released elsewhere.
+        self._stopped_before: str | None = None
         self.is_clear = True
         """Nothing is held: tokens that are whole characters need no text layer just now."""
 
-    def prime(self, token_ids: Sequence[int]) -> None:
-        """Goes on behind tokens that were released elsewhere. Before the first push."""
+    def prime(self, token_ids: Sequence[int]) -> bool:
+        """Goes on behind tokens that were released elsewhere. Before the first push.
+
+        Returns:
+            whether the output is over: a stop sequence is complete in the text of these tokens, the
+            last of which was then shown in part. Only `finish` may follow, and says which it was.
+        """
         length = self._matcher.length_max if self._matcher is not None else 1
         data = self._tail(token_ids, length * _CHARACTER_BYTES_MAX)
         text, self._unfinished = _decode(data)
-        self._find_stop(text)
-        self.is_clear = self._state == ROOT and not self._unfinished
+        found = self._find_stop(text)
+        if found is not None:
+            self._stopped_before = found[1]
+        self.is_clear = found is None and self._state == ROOT and not self._unfinished
+        return found is not None
 
     def push(self, token_id: int) -> Release:
         """Takes the next token and returns what may be shown now.
@@ -147,6 +159,8 @@ class OutputText:
 
     def finish(self) -> Release:
         """Returns everything held, at a natural end. Nothing may be pushed behind it."""
+        if self._stopped_before is not None:
+            return Release((), "", self._stopped_before)
         if self._is_over:
             return NOTHING
         added = self._unfinished.decode("utf-8", "replace")
@@ -157,7 +171,8 @@ class OutputText:
             return stopped
         self._is_over = True
         self.is_clear = False
-        return Release(self._token_ids, self._text)
+        # Without a token, what is left is half a character that was shown where it was released.
+        return Release(self._token_ids, self._text if self._token_ids else "")
 
     def _take(self, token_id: int) -> str:
         """Appends a token to what is held and returns the characters that it completed."""
@@ -213,7 +228,8 @@ class OutputText:
             count += 1
         self._is_over = True
         self.is_clear = False
-        return Release(self._token_ids[:count], self._text[:visible], stop)
+        # Text is shown with its token only; see finish.
+        return Release(self._token_ids[:count], self._text[:visible] if count else "", stop)
 
     def _release(self) -> Release:
         """Releases whole tokens up to what has to be held back."""
@@ -246,4 +262,8 @@ class OutputText:
             length += len(parts[-1])
             if length >= size + _UNFINISHED_BYTES_MAX:
                 break
-        return b"".join(reversed(parts)).lstrip(bytes(range(0x80, 0xC0)))
+        data = b"".join(reversed(parts))
+        # Bytes that go on with a character that is not here. A fourth of them would belong to none.
+        head = data[:_UNFINISHED_BYTES_MAX]
+        begun = len(head) - len(head.lstrip(_CONTINUING))
+        return data[begun:] if len(parts) < len(token_ids) else data

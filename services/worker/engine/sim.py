@@ -229,14 +229,18 @@ class SimEngine:
         Raises:
             EngineDied: it was stopped.
         """
+        # Everybody else has had a turn of the event loop since the step before.
+        has_waited = False
         while not (self._batch.ended or self._batch.lanes or self._batch.prefilled):
             if self._is_stopped:
                 raise EngineDied("the engine was stopped")
             if self._step_ends_s is None and (self._waiting or self._running):
                 self._begin_step()
-            await self._wait()
-            if self._step_ends_s is not None and self._clock.monotonic_s() >= self._step_ends_s:
+            if has_waited and self._is_step_over():
                 self._finish_step()
+                continue
+            await self._wait()
+            has_waited = True
         batch, self._batch = self._batch, StepBatch()
         return batch
 
@@ -292,6 +296,9 @@ class SimEngine:
     async def _sleep(self, seconds: float) -> None:
         await self._clock.sleep_s(seconds)
         self._wake.set()
+
+    def _is_step_over(self) -> bool:
+        return self._step_ends_s is not None and self._clock.monotonic_s() >= self._step_ends_s
 
     def _begin_step(self) -> None:
         """Admits what fits, in the order of arrival, and decides how long the step takes."""

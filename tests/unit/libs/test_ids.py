@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from libs.errors import FieldRule, InvalidArgument
-from libs.ids import last_part, parse_name, ulid
+from libs.ids import last_part, parse_name, time_of_ulid, ulid
 
 times = st.datetimes(
     min_value=datetime(2020, 1, 1),  # noqa: DTZ001 - hypothesis wants it so
@@ -42,6 +42,31 @@ def test_ulid_has_26_characters_and_keeps_all_the_chance(now: datetime, bits: in
         value = value * 32 + alphabet.index(character)
     assert len(made) == 26
     assert value % 2**80 == bits
+
+
+@given(times, chance)
+def test_a_ulid_tells_when_it_was_made(now: datetime, bits: int) -> None:
+    made = time_of_ulid(ulid(now, bits))
+
+    assert made is not None
+    assert abs(made - now) <= timedelta(milliseconds=2)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "01ARYZ6S41000000000000000",
+        "01ARYZ6S4100000000000000000",
+        "01aryz6s410000000000000000",
+        "01ARYZ6S41000000000000000U",
+        "81ARYZ6S410000000000000000",
+        "01ARYZ6S41000000000000000\n",
+        "7ZZZZZZZZZZZZZZZZZZZZZZZZZ",
+    ],
+)
+def test_what_is_no_ulid_or_beyond_the_calendar_has_no_time(text: str) -> None:
+    assert time_of_ulid(text) is None
 
 
 def test_name_is_taken_apart() -> None:

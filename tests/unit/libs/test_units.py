@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libs.units import charge, charge_usage
+from libs.units import affordable_output_tokens, charge, charge_usage
 
 tokens = st.integers(0, 10**9)
 prices = st.integers(0, 10**15)
@@ -68,3 +68,60 @@ def test_generation_costs_the_sum_of_its_lines(
 def test_negative_numbers_are_a_defect(count: int, price: int) -> None:
     with pytest.raises(ValueError, match="not negative"):
         charge(count, price)
+
+
+@given(tokens, prices, prices, st.integers(0, 2**63 - 1))
+def test_what_is_affordable_is_the_most_that_the_charge_allows(
+    input_tokens: int, input_price: int, output_price: int, nanos: int
+) -> None:
+    def cost(output_tokens: int) -> int:
+        return charge_usage(
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            input_price=input_price,
+            output_price=output_price,
+        )
+
+    most = affordable_output_tokens(
+        nanos=nanos, input_tokens=input_tokens, input_price=input_price, output_price=output_price
+    )
+
+    if most is None:
+        assert output_price == 0
+        assert cost(2**40) <= nanos
+    elif most < 0:
+        assert cost(0) > nanos
+    else:
+        assert cost(most) <= nanos < cost(most + 1)
+
+
+@given(st.integers(0, 10**15), st.integers(0, 10**6), prices, st.integers(1, 10**12))
+def test_affordable_is_the_most_that_is_charged_no_more_than_the_amount(
+    nanos: int, input_tokens: int, input_price: int, output_price: int
+) -> None:
+    def cost(output_tokens: int) -> int:
+        return charge_usage(
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            input_price=input_price,
+            output_price=output_price,
+        )
+
+    most = affordable_output_tokens(
+        nanos=nanos, input_tokens=input_tokens, input_price=input_price, output_price=output_price
+    )
+
+    assert most is not None
+    if most < 0:
+        assert cost(0) > nanos
+    else:
+        assert cost(most) <= nanos < cost(most + 1)
+
+
+@pytest.mark.parametrize(("nanos", "want"), [(7, None), (6, -1)])
+def test_free_output_is_bounded_by_its_input_only(nanos: int, want: int | None) -> None:
+    got = affordable_output_tokens(
+        nanos=nanos, input_tokens=7, input_price=1_000_000, output_price=0
+    )
+
+    assert got == want

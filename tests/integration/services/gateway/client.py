@@ -89,8 +89,10 @@ class Wish:
 
 
 def duration(seconds: float) -> Duration:
-    """Makes a Duration of milliseconds."""
-    return Duration(nanos=round(seconds * 1000) % 1000 * 10**6, seconds=int(seconds))
+    """Makes a Duration, to the millisecond."""
+    message = Duration()
+    message.FromMilliseconds(round(seconds * 1000))
+    return message
 
 
 @dataclass(slots=True, eq=False)

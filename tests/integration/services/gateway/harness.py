@@ -94,7 +94,7 @@ class ScriptedWorker:
 async def taken(sink: Sink) -> Chunk:
     """Waits for output and takes it; raises what ended the execution instead."""
     event = asyncio.Event()
-    sink.on_event = event.set
+    sink.on_event = sink.on_output = event.set
     while not sink.has_output and sink.failure is None:
         async with asyncio.timeout(10):
             await event.wait()

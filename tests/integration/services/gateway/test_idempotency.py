@@ -167,7 +167,6 @@ async def test_after_the_window_a_repeat_is_told_what_was_charged(tmp_path: Path
 async def test_what_is_forgotten_and_not_yet_settled_is_not_run_again(tmp_path: Path) -> None:
     """Billing does not know of it yet; the queue of settlements does."""
     async with gateway(tmp_path, replay_window_s=0.05) as world:
-        world.billing.is_away = True
         first = await finished(world)
         await eventually(lambda: world.budget.used == 0)
         assert world.settler.queued == 1
@@ -179,7 +178,6 @@ async def test_what_is_forgotten_and_not_yet_settled_is_not_run_again(tmp_path: 
         assert error.reason is Reason.GENERATION_SETTLED
         assert error.metadata["generationId"] == first.generation_id
         assert error.metadata["chargeNanos"] == str(5 * NANOS_PER_TOKEN)
-        world.billing.is_away = False
         await world.only_settlement()
 
 

@@ -262,6 +262,7 @@ def execution(
     budget_s: float | None = None,
     execution_id: str | None = None,
     model_version: str = MODEL_VERSION,
+    charge_limit: engine_pb2.ChargeLimit | None = None,
 ) -> engine_pb2.Execution:
     """Makes an execution as a gateway would: everything is resolved."""
     made = engine_pb2.Execution(
@@ -274,6 +275,7 @@ def execution(
         stop=generation_pb2.StopOptions(
             max_output_tokens=tokens, stop_sequences=stops, stop_token_ids=stop_ids
         ),
+        charge_limit=charge_limit,
     )
     if chat:
         made.chat.messages.extend(

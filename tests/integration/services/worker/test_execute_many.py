@@ -102,6 +102,15 @@ async def test_nothing_is_sent_before_the_first_credit() -> None:
         assert (len(message.accepted), len(message.lanes), len(message.ended)) == (1, 1, 1)
 
 
+async def test_what_the_engine_draws_at_once_comes_with_the_acceptance() -> None:
+    """No message of its own for the acceptance: half the work of both sides for a short output."""
+    async with running_worker() as worker, worker.gateway() as gateway:
+        told = await gateway.run(execution(1, tokens=1))
+
+        assert len(gateway.messages) == 1
+        assert (told.input_tokens, len(told.token_ids)) == (4, 1)
+
+
 async def test_an_aborted_lane_ends_and_frees_its_place() -> None:
     clock = FakeClock()
     engine = make_engine(clock, STEPWISE)

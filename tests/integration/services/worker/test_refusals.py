@@ -10,7 +10,7 @@ from maas.engine.v1 import engine_pb2
 from maas.inference.v1 import generation_pb2
 
 from libs.errors import Code
-from services.worker.engine.base import EngineRequest
+from services.worker.admission import Work
 from tests.integration.services.worker.harness import (
     CONTEXT_LENGTH,
     TOKENIZER,
@@ -22,6 +22,7 @@ from tests.integration.services.worker.harness import (
 
 USER = generation_pb2.ROLE_USER
 VOCABULARY = TOKENIZER.vocabulary_size
+MILLION = 10**6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +135,24 @@ REFUSALS = {
         reason="FENCED",
         metadata={"epoch": "4", "currentEpoch": "5"},
     ),
+    "charge limit below the prompt": Refusal(
+        execution=execution(
+            ids=[1, 2, 3],
+            charge_limit=engine_pb2.ChargeLimit(nanos=2, input_price=MILLION, output_price=0),
+        ),
+        metadata={"field": "spec.max_charge"},
+    ),
+    "charge limit below one token of output": Refusal(
+        execution=execution(
+            ids=[1, 2, 3],
+            charge_limit=engine_pb2.ChargeLimit(nanos=12, input_price=MILLION, output_price=10**7),
+        ),
+        metadata={"field": "spec.max_charge"},
+    ),
+    "charge limit below zero": Refusal(
+        execution=execution(charge_limit=engine_pb2.ChargeLimit(nanos=-1)),
+        metadata={"field": "charge_limit.nanos"},
+    ),
     "budget that is used up": Refusal(
         execution=execution(budget_s=0), code=Code.DEADLINE_EXCEEDED, reason="DEADLINE_EXCEEDED"
     ),
@@ -162,6 +181,18 @@ async def test_refused_before_the_engine_sees_anything(refusal: Refusal) -> None
         assert dict(told.failure.metadata) == refusal.metadata
         assert submitted == []
         assert worker.reports.take(9) == ([], [])
+
+
+async def test_a_charge_limit_that_is_too_low_says_what_would_do() -> None:
+    limit = engine_pb2.ChargeLimit(nanos=12, input_price=MILLION, output_price=10 * MILLION)
+    async with running_worker() as worker, worker.gateway() as gateway:
+        refused = await gateway.run(execution(1, ids=[1, 2, 3], charge_limit=limit))
+        assert "at least 13 nanos" in refused.failure.message
+        limit.nanos = 13
+
+        told = await gateway.run(execution(2, ids=[1, 2, 3], charge_limit=limit))
+
+        assert len(told.token_ids) == 1
 
 
 async def test_a_newer_epoch_is_welcome() -> None:
@@ -193,14 +224,14 @@ async def test_a_defect_on_one_prompt_ends_only_that(
 ) -> None:
     async with running_worker() as worker, worker.gateway() as gateway:
         admission = worker.executions._admission
-        request = admission.request
+        work = admission.work
 
-        def make(asked: engine_pb2.Execution) -> EngineRequest:
+        def make(asked: engine_pb2.Execution) -> Work:
             if asked.lane == 1:
                 raise KeyError("a secret of mine")
-            return request(asked)
+            return work(asked)
 
-        monkeypatch.setattr(admission, "request", make)
+        monkeypatch.setattr(admission, "work", make)
         await gateway.send(execution(1, text=text), execution(2))
         await gateway.until_ended(1, 2)
 

@@ -133,7 +133,7 @@ class World:
 
 
 @asynccontextmanager
-async def registering() -> AsyncIterator[World]:
+async def registering(gather_s: float = 0.0) -> AsyncIterator[World]:
     clock = FakeClock()
     callers = Callers()
     server = Server(ANY_PORT, callers.identity({CONNECT: ["worker"]}))
@@ -153,6 +153,7 @@ async def registering() -> AsyncIterator[World]:
             worker.reports,
             register=pb.Register(worker=WORKER, incarnation="i", endpoint="h:1", info=INFO),
             clock=clock,
+            gather_s=gather_s,
         )
         background.start(registration.run(), name="registration")
         yield World(clock, scheduler, worker, registration)
@@ -190,6 +191,22 @@ async def test_starts_and_ends_are_reported_without_a_heartbeat() -> None:
         await world.eventually(lambda: world.last.ended == ["execution-1"])
 
         assert world.last.count("executions") == 2, "one turn of the loop is one report"
+
+
+async def test_a_short_execution_is_one_report() -> None:
+    async with registering(gather_s=0.005) as world, world.worker.gateway() as gateway:
+        await world.connected()
+        await world.eventually(lambda: world.last.count("load") == 1, is_time_moving=True)
+        await gateway.send(execution(1, tokens=99, epoch=99), execution(2, tokens=99, epoch=99))
+        await gateway.read()
+        await gateway.send(abort_lanes=[1])
+        await gateway.until_ended(1)
+        assert world.last.count("executions") == 0
+
+        await world.eventually(lambda: world.last.ended == ["execution-1"], is_time_moving=True)
+
+        assert sorted(world.last.started) == ["execution-1", "execution-2"]
+        assert world.last.count("executions") == 1
 
 
 async def test_a_gateway_that_is_gone_frees_its_places_at_the_scheduler() -> None:

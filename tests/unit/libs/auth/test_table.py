@@ -111,3 +111,35 @@ def test_touch_makes_it_fresh_again() -> None:
 
     assert table.age_s(NOW_S + 101) == pytest.approx(1)
     assert refusal(table, KEY.secret, NOW_S + 101) is None
+
+
+def test_listeners_hear_once_of_each_key_that_was_good_and_is_not_any_more() -> None:
+    table, heard = table_of(RECORD), list[str]()
+    table.on_revoked(heard.append)
+
+    table.apply([REVOKED])
+    table.apply([REVOKED, dataclasses.replace(REVOKED, revision=7)])
+
+    assert heard == [KEY.key_id]
+
+
+def test_nobody_hears_of_a_key_that_was_never_good_here_or_of_a_late_message() -> None:
+    table, heard = table_of(), list[str]()
+    table.on_revoked(heard.append)
+
+    table.apply([REVOKED])
+    table.apply([RECORD])
+    table.apply([dataclasses.replace(RECORD, revision=8, project="other")])
+
+    assert heard == []
+
+
+def test_a_listener_finds_the_table_as_it_is_now() -> None:
+    table, heard = table_of(RECORD), list[bool]()
+    table.on_revoked(lambda key_id: heard.append(table.is_revoked(key_id)))
+
+    assert not table.is_revoked(KEY.key_id)
+    table.apply([REVOKED])
+
+    assert heard == [True]
+    assert table_of().is_revoked(KEY.key_id)

@@ -26,6 +26,7 @@ async def test_whoever_listens_hears_of_every_event() -> None:
     sink = new_sink()
     heard: list[bool] = []
     sink.on_event = lambda: heard.append(sink.has_output)
+    sink.on_output = sink.on_event
 
     sink.push("a", [1])
     sink.take()

@@ -142,25 +142,28 @@ def decode(token_ids: list[int]) -> tuple[str, bool]:
 
 
 @settings(deadline=None)
-@given(token_ids=tokens, sequences=stops, data=st.data())
-def test_another_worker_goes_on_as_the_first_would_have(
-    token_ids: list[int], sequences: tuple[str, ...], data: st.DataObject
+@given(token_ids=tokens, sequences=stops, is_end_lost=st.booleans())
+def test_another_worker_goes_on_as_the_first_would_have_from_every_place(
+    token_ids: list[int],
+    sequences: tuple[str, ...],
+    is_end_lost: bool,  # noqa: FBT001 - drawn
 ) -> None:
-    lost_at = data.draw(st.integers(0, len(token_ids)))
-    first = OutputText(PIECES, matcher_of(sequences))
-    before = [first.push(token_id) for token_id in token_ids[:lost_at]]
-    if any(release.stop is not None for release in before):
-        return
-    released = [token_id for release in before for token_id in release.token_ids]
-
-    second = OutputText(PIECES, matcher_of(sequences))
-    second.prime(released)
-    _, rest = collect(second, token_ids[len(released) :])
-
+    """Behind a match, too, and behind the natural end: there only the word of the end was lost."""
     whole = naive(token_ids, sequences)
-    assert released + rest.token_ids == whole.token_ids
-    assert "".join(release.text for release in before) + rest.text == whole.text
-    assert rest.stop == whole.stop
+    for lost_at in range(len(token_ids) + 1):
+        first = OutputText(PIECES, matcher_of(sequences))
+        before = [first.push(token_id) for token_id in token_ids[:lost_at]]
+        if is_end_lost and lost_at == len(token_ids):
+            before.append(first.finish())
+        released = [token_id for release in before for token_id in release.token_ids]
+
+        second = OutputText(PIECES, matcher_of(sequences))
+        left = [] if second.prime(released) else token_ids[len(released) :]
+        _, rest = collect(second, left)
+
+        assert released + rest.token_ids == whole.token_ids
+        assert "".join(release.text for release in before) + rest.text == whole.text
+        assert rest.stop == whole.stop
 
 
 def test_plain_tokens_pass_one_by_one() -> None:
@@ -222,6 +225,14 @@ def test_a_sequence_begun_in_text_released_elsewhere_still_ends_the_output() -> 
     release = text.push(ids(b"b")[0])
 
     assert release == Release([], "", "aab")
+
+
+def test_a_match_that_was_shown_in_part_is_an_end_for_who_goes_on() -> None:
+    text = OutputText(PIECES, matcher_of(("ab",)))
+
+    assert text.prime(ids(b"b", b"aab"))
+
+    assert text.finish() == Release((), "", "ab")
 
 
 @pytest.mark.parametrize("size", [1, 10_000])

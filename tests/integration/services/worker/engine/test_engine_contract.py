@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -253,6 +253,27 @@ async def test_a_continuation_equals_the_uninterrupted_run(
 
     assert rest == whole[lost_at:]
     assert ended.reason is EndReason.MAX_TOKENS
+
+
+async def test_a_continuation_from_every_place_equals_the_uninterrupted_run(
+    harness: Harness,
+) -> None:
+    """From 0 to the last token and the stop token behind it, in the company of other places."""
+    drawn, _ = await harness.run(1, ask(24, sampling=seeded(11)))
+    stop = next(token for token in reversed(drawn) if drawn.index(token) > 8)
+    request = ask(24, sampling=seeded(11), stops=frozenset({stop}))
+    whole, end = await harness.run(2, request)
+    assert end.reason is EndReason.STOP_TOKEN
+    lanes = {100 + cut: cut for cut in range(len(whole) + 1)}
+
+    for lane, cut in lanes.items():
+        harness.submit(lane, replace(request, continue_ids=tuple(whole[:cut])))
+    await harness.until_ended(*lanes)
+
+    for lane, cut in lanes.items():
+        told = harness.told[lane]
+        assert whole[:cut] + told.token_ids == whole, cut
+        assert told.ended == Ended(lane, EndReason.STOP_TOKEN, stop)
 
 
 async def test_full_context_ends_the_output(harness: Harness) -> None:
