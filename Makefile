@@ -6,6 +6,7 @@ PY := .venv/bin/python
 # The environment's own Python starts at once, where a version manager's shim takes its time.
 SETUP := if [ -x $(PY) ]; then $(PY) -I -S tools/setup.py; else $(PYTHON) tools/setup.py; fi
 SETUP_DEV := if [ -x $(PY) ]; then $(PY) -I -S tools/setup.py --dev; else $(PYTHON) tools/setup.py --dev; fi
+SETUP_BENCH := if [ -x $(PY) ]; then $(PY) -I -S tools/setup.py --bench; else $(PYTHON) tools/setup.py --bench; fi
 
 SOURCES := libs services tools tests
 TESTS := $(wildcard tests/tidy tests/unit tests/sim tests/integration tests/system)
@@ -14,8 +15,8 @@ FLAGS = $(if $(ENGINE),--engine "$(ENGINE)") $(if $(MODEL),--model "$(MODEL)") \
 PYTEST = $(PY) -m pytest $(if $(K),-k "$(K)")
 
 .DEFAULT_GOAL := help
-.PHONY: help run stop psql setup setup-dev test check lint types imports gen-check protos \
-	unit integration system bench fix gen lock clean
+.PHONY: help run stop psql setup setup-dev setup-bench test check lint types imports gen-check protos \
+	unit integration system conformance bench fix gen lock clean
 
 help: ## This text
 	@awk 'BEGIN { FS = ":.*## " } \
@@ -69,7 +70,11 @@ integration: setup-dev ## One service at a time, with a real PostgreSQL and real
 system: setup-dev ## The whole suite as real processes
 	@exec $(PYTEST) $(or $(T),tests/system)
 
-bench: setup-dev ## Bare engine against the whole path
+conformance: setup ## Show the promised features from outside; GROUP=stream ONLY=U3,W-1
+	@exec $(PY) -m tools.conformance --group "$(or $(GROUP),stream)" \
+		$(if $(ONLY),--only "$(ONLY)") $(ARGS)
+
+bench: setup-bench ## Speed beside its floors; ARGS=--quick, ARGS="--only paced"
 	@exec $(PY) -m tests.bench $(ARGS)
 
 ## Change it
@@ -90,6 +95,9 @@ setup: ## .venv with what running needs
 
 setup-dev: ## .venv with what testing needs
 	@$(SETUP_DEV)
+
+setup-bench: ## .venv with what testing and `make bench` need
+	@$(SETUP_BENCH)
 
 clean: setup stop ## Remove the state of `make run` and all caches; keeps .venv
 	@$(PY) -m tools.clean

@@ -1,0 +1,1 @@
+"""Shows from outside, as a client would, what a deployment promises."""

@@ -1,0 +1,68 @@
+"""What is tested: addresses, keys, and what may be done to its workers."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from tools.conformance.verdict import CannotShow
+
+COMMAND_S = 60.0
+"""Longest time that a command of the operator may take."""
+
+WorkerAction = Callable[[str], Awaitable[None]]
+"""Does something to a worker, given its name: "workers/w1"."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """A running suite as seen from outside.
+
+    Attributes:
+        endpoint: host:port of the gateway.
+        api_key: of a tenant with credit.
+        model: offering to call.
+        admin_key: of an administrator; None when there is none.
+        auth: host:port, for making and revoking keys; None when it is not reached.
+        billing: host:port, for balances and usage records; None when it is not reached.
+        scheduler: host:port, for the workers and their load; None when it is not reached.
+        certificates: PEM of the certificates to trust; None for plaintext.
+        stall_limit_s: after which a client that does not read is cut off.
+        replay_window_s: for which frames are kept after the end.
+        kill: kills a worker process at once; None when that is not allowed.
+        drain: asks a worker process to stop, as SIGTERM does; None when that is not allowed.
+    """
+
+    endpoint: str
+    api_key: str
+    model: str
+    admin_key: str | None = None
+    auth: str | None = None
+    billing: str | None = None
+    scheduler: str | None = None
+    certificates: bytes | None = None
+    stall_limit_s: float = 30.0
+    replay_window_s: float = 60.0
+    kill: WorkerAction | None = None
+    drain: WorkerAction | None = None
+
+
+def shell_action(command: str) -> WorkerAction:
+    """An action that runs a command of the operator; {worker} in it is the worker's id."""
+
+    async def act(worker: str) -> None:
+        text = command.replace("{worker}", shlex.quote(worker.rpartition("/")[2]))
+        process = await asyncio.create_subprocess_shell(text)
+        try:
+            async with asyncio.timeout(COMMAND_S):
+                code = await process.wait()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+            raise CannotShow(f"the command for a worker took longer than {COMMAND_S:g} s") from None
+        if code != 0:
+            raise CannotShow(f"the command for a worker ended with exit code {code}")
+
+    return act

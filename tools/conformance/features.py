@@ -1,0 +1,81 @@
+"""The features by group, in the order in which they are shown."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from types import MappingProxyType
+
+from tools.conformance import continuity, delivery, money, release
+from tools.conformance.client import Refusal
+from tools.conformance.deployment import Deployment
+from tools.conformance.trial import Trial
+from tools.conformance.verdict import CannotShow, Kind, Mismatch, Verdict
+
+FEATURE_S = 240.0
+"""Longest time of one feature, without the limits of the deployment that it waits for."""
+
+Show = Callable[[Trial], Awaitable[None]]
+
+STREAM: Mapping[str, Show] = MappingProxyType(
+    {
+        "W-1": delivery.deltas_make_the_answer,
+        "W-3": delivery.unary_is_the_stream,
+        "W-5": delivery.streams_share_the_engine,
+        "W-10": release.long_prompt_costs_nothing,
+        "U2": money.ceiling_is_kept,
+        "frames": delivery.frames_follow_interval_and_reader,
+        "W-2": release.leaving_frees_the_place,
+        "U5": release.revoking_cuts_streams,
+        "B-5": money.repeats_are_one,
+        "W-6": delivery.stalled_reader_harms_nobody,
+        "U3": continuity.one_bill_over_drops_and_a_death,
+        "S-4": continuity.death_before_the_first_token,
+        "S-9": continuity.death_in_the_middle,
+        "drain": continuity.drain_loses_nothing,
+    }
+)
+GROUPS: Mapping[str, Mapping[str, Show]] = MappingProxyType({"stream": STREAM})
+
+
+async def run(
+    features: Mapping[str, Show],
+    deployment: Deployment,
+    only: Sequence[str],
+    tell: Callable[[str], None],
+) -> list[Verdict]:
+    """Shows features one after the other: they share the workers.
+
+    Args:
+        features: of the group, by id.
+        deployment: what is tested.
+        only: ids to show; all when empty.
+        tell: takes each line as it is known.
+    """
+    verdicts = []
+    for feature, show in features.items():
+        if not only or feature in only:
+            verdict = await judge(feature, show, deployment)
+            tell(verdict.line)
+            verdicts.append(verdict)
+    return verdicts
+
+
+async def judge(feature: str, show: Show, deployment: Deployment) -> Verdict:
+    """Shows one feature; whatever happens becomes a verdict."""
+    limit_s = FEATURE_S + 3 * deployment.stall_limit_s + 2 * deployment.replay_window_s
+    trial = Trial(deployment)
+    try:
+        async with asyncio.timeout(limit_s), trial:
+            await show(trial)
+    except CannotShow as reason:
+        trial.lack(str(reason))
+    except Mismatch as mismatch:
+        return Verdict(Kind.FAIL, feature, str(mismatch))
+    except Refusal as refusal:
+        return Verdict(Kind.FAIL, feature, f"expected an answer, got {refusal}")
+    except TimeoutError:
+        return Verdict(Kind.FAIL, feature, f"expected an end, got none in {limit_s:.0f} s")
+    except Exception as error:  # noqa: BLE001 - what nobody foresaw fails one feature, not the run
+        return Verdict(Kind.FAIL, feature, f"unforeseen: {error!r}")
+    return trial.findings.verdict(feature)

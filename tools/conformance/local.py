@@ -1,0 +1,135 @@
+"""A suite of the kit's own: simulated engine, two workers, short limits, removed afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from libs.postgres import cluster
+from tools.ask import read_variables
+from tools.conformance.deployment import Deployment, WorkerAction
+from tools.local.place import METRICS_OFFSET, ROOT, State
+
+STALL_LIMIT_S = 2.0
+REPLAY_WINDOW_S = 3.0
+WORKERS = 2
+CAPACITY = 32
+"""Two workers of it hold the 50 streams of U5, and W-2 can fill them."""
+START_S = 150.0
+_SETTINGS = (
+    f"gateway.stall_limit={STALL_LIMIT_S:g}s",
+    f"gateway.replay_window={REPLAY_WINDOW_S:g}s",
+    # Money is at rest sooner: balances are compared often.
+    "gateway.slice_idle=500ms",
+    "worker.sim.decode_base=3ms",
+    # Slow enough that a worker can be found and killed while it prefills.
+    "worker.sim.prefill_tokens_per_s=3000",
+)
+_SPAN = 16
+# Below the range from which systems take the numbers of outgoing connections.
+_BASES = range(20_000, 31_000, _SPAN)
+_BASE_ATTEMPTS = 100
+
+
+class SuiteFailure(Exception):
+    """The suite did not start; the text has its words."""
+
+
+@contextlib.contextmanager
+def own_suite() -> Iterator[Deployment]:
+    """Starts a suite in a place and on ports of its own; stopped and removed at the end.
+
+    Raises:
+        SuiteFailure: it did not start.
+    """
+    root = Path(tempfile.mkdtemp(prefix="maas-conformance-"))
+    state = State(root)
+    try:
+        _start(state)
+        yield _deployment(state)
+    finally:
+        _tool("tools.down", "--state", str(root))
+        if (root / "postgres").exists():
+            cluster.place(root).destroy()
+        shutil.rmtree(root)
+
+
+def _start(state: State) -> None:
+    flags = ["--engine", "sim", "--workers", str(WORKERS), "--capacity", str(CAPACITY)]
+    for setting in _SETTINGS:
+        flags += ["--set", setting]
+    done = _tool("tools.up", "--state", str(state.root), *flags, "--detach")
+    if done.returncode != 0:
+        raise SuiteFailure(f"{done.stdout}{done.stderr}")
+
+
+def _tool(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "MAAS_PORT_BASE": str(_free_port_base())},  # noqa: TID251 - for a child
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=START_S,
+    )
+
+
+def _free_port_base() -> int:
+    """A base from which on all ports are free just now.
+
+    Raises:
+        SuiteFailure: none was found.
+    """
+    for _ in range(_BASE_ATTEMPTS):
+        base = secrets.choice(_BASES)
+        if all(_is_free(base + n) and _is_free(base + n + METRICS_OFFSET) for n in range(_SPAN)):
+            return base
+    raise SuiteFailure("no free ports between 20000 and 31000")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _deployment(state: State) -> Deployment:
+    variables = read_variables(state)
+    return Deployment(
+        endpoint=variables["MAAS_ENDPOINT"],
+        api_key=variables["MAAS_API_KEY"],
+        model=variables["MAAS_MODEL"],
+        admin_key=variables["MAAS_ADMIN_KEY"],
+        auth=variables["MAAS_AUTH"],
+        billing=variables["MAAS_BILLING"],
+        scheduler=variables["MAAS_SCHEDULER"],
+        stall_limit_s=STALL_LIMIT_S,
+        replay_window_s=REPLAY_WINDOW_S,
+        kill=_signals(state, signal.SIGKILL),
+        drain=_signals(state, signal.SIGTERM),
+    )
+
+
+def _signals(state: State, number: signal.Signals) -> WorkerAction:
+    """An action that signals a worker's process; the supervisor starts another."""
+
+    async def act(worker: str) -> None:
+        record = json.loads(state.processes.read_text(encoding="utf-8"))
+        name = worker.rpartition("/")[2].replace("w", "worker-", 1)
+        os.kill(int(record["started"][name][0]), number)
+
+    return act
