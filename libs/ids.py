@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from libs.errors import FieldRule, InvalidArgument, invalid_field
 
 _CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+_PAIRS = [first + second for first in _CROCKFORD for second in _CROCKFORD]
 _ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 _ULID = re.compile(rf"[0-7][{_CROCKFORD}]{{25}}")
 _TIME_BITS = 48
@@ -27,7 +28,7 @@ def ulid(now: datetime, random_bits: int) -> str:
     milliseconds = int(now.timestamp() * 1000)
     value = (milliseconds % (1 << _TIME_BITS)) << _RANDOM_BITS
     value |= random_bits % (1 << _RANDOM_BITS)
-    return "".join(_CROCKFORD[(value >> shift) & 31] for shift in range(125, -1, -5))
+    return "".join([_PAIRS[(value >> shift) & 1023] for shift in range(120, -1, -10)])
 
 
 def time_of_ulid(text: str) -> datetime | None:

@@ -25,6 +25,8 @@ _CRC_LENGTH = 6
 _FORM = re.compile(
     rf"mk_([a-z0-9]{{{_ID_LENGTH}}})_([A-Za-z0-9]{{{_SECRET_LENGTH}}})([A-Za-z0-9]{{{_CRC_LENGTH}}})"
 )
+KEY_ID = slice(3, 3 + _ID_LENGTH)
+"""Where the id stands in a key."""
 ID_BITS = 62
 SECRET_BITS = 256
 

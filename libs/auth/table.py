@@ -10,7 +10,7 @@ import hmac
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from libs.auth.keys import parse_key, sha256_of
+from libs.auth.keys import KEY_ID, parse_key, sha256_of
 from libs.auth.principal import Principal, Role
 from libs.errors import Reason, Unauthenticated, unavailable
 from libs.limits import KEY_TABLE_AGE_MAX_S
@@ -82,14 +82,17 @@ class KeyTable:
             Unauthenticated: malformed, unknown or revoked.
             Unavailable: the table is too old to tell.
         """
-        key_id = parse_key(credential)
-        if key_id is None:
+        # The checksum tells a mistyped key from a wrong one; a right one needs no such look.
+        record = self._records.get(credential[KEY_ID])
+        is_right = record is not None and hmac.compare_digest(
+            record.secret_sha256, sha256_of(credential)
+        )
+        if not is_right and parse_key(credential) is None:
             raise Unauthenticated("the API key is malformed")
         age = self.age_s(now_s)
         if age is None or age > KEY_TABLE_AGE_MAX_S:
             raise unavailable("auth", retry_after_s=1.0)
-        record = self._records.get(key_id)
-        if record is None or not hmac.compare_digest(record.secret_sha256, sha256_of(credential)):
+        if record is None or not is_right:
             raise Unauthenticated("the API key is not known")
         if not record.is_active:
             raise Unauthenticated("the API key was revoked", reason=Reason.CREDENTIALS_REVOKED)

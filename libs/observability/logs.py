@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 
@@ -33,7 +34,13 @@ def configure_logs(service: str, level: str) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
     ]
-    render = structlog.processors.JSONRenderer()
+    encoder = json.JSONEncoder(default=repr)
+
+    def write(event: structlog.typing.EventDict, **_: object) -> str:
+        # Made once: json.dumps with a default makes an encoder for each event.
+        return encoder.encode(event)
+
+    render = structlog.processors.JSONRenderer(serializer=write)
     structlog.configure(
         processors=[*processors, render],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),

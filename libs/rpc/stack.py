@@ -9,6 +9,7 @@ Health and reflection are open to everybody and pass through untouched.
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 import secrets
 from collections.abc import Awaitable, Callable
@@ -39,6 +40,7 @@ from libs.rpc.validation import Validator
 
 if TYPE_CHECKING:
     from grpc.aio import ServicerContext
+    from prometheus_client import Counter, Histogram
 
     Context = ServicerContext[Any, Any]
     Handler = Callable[[Any, Context], Awaitable[Any]]
@@ -88,16 +90,17 @@ class Stack:
     def _around(self, handler: Handler, policy: MethodPolicy, *, validates: bool) -> Any:
         async def around(request: Any, context: Context) -> Any:
             started_s = self._clock.monotonic_s()
+            metadata = _metadata(context)
             call = Call(
                 policy=policy,
-                request_id=request_id_of(context),
+                request_id=_request_id(metadata),
                 started_s=started_s,
                 deadline_s=self._deadline_s(context, policy, started_s),
             )
             set_current_call(call)
             error: MaasError | None = None
             try:
-                self._authenticate(call, _metadata(context).get("authorization"))
+                self._authenticate(call, metadata.get("authorization"))
                 if validates:
                     self._validator.check(request)
                 context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
@@ -162,8 +165,9 @@ class Stack:
         policy = call.policy
         seconds = self._clock.monotonic_s() - call.started_s
         code = "OK" if error is None else error.code.name
-        RPC_COMPLETED.labels(policy.method, code).inc()
-        RPC_DURATION.labels(policy.method).observe(seconds)
+        completed, duration = _meters(policy.method, code)
+        completed.inc()
+        duration.observe(seconds)
         fields: dict[str, object] = {
             "method": policy.method,
             "code": code,
@@ -188,6 +192,12 @@ class Stack:
             log.info("rpc", **fields)
 
 
+@functools.cache
+def _meters(method: str, code: str) -> tuple[Counter, Histogram]:
+    """Finds the metrics of a method and a code: both are bounded by the contract."""
+    return RPC_COMPLETED.labels(method, code), RPC_DURATION.labels(method)
+
+
 def _metadata(context: Context) -> dict[str, str]:
     pairs = context.invocation_metadata() or ()
     return {key: value for key, value in pairs if isinstance(value, str)}
@@ -195,7 +205,11 @@ def _metadata(context: Context) -> dict[str, str]:
 
 def request_id_of(context: Context) -> str:
     """Returns the caller's request id, or makes one if there is none that can be used."""
-    given = _metadata(context).get(REQUEST_ID_KEY, "")
+    return _request_id(_metadata(context))
+
+
+def _request_id(metadata: dict[str, str]) -> str:
+    given = metadata.get(REQUEST_ID_KEY, "")
     return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
 
 

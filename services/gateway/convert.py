@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -19,6 +19,9 @@ from services.gateway.placement import Slot, Target
 from services.gateway.spares import Spare
 from services.gateway.tables import Worker
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_SECOND = timedelta(seconds=1)
+
 
 def duration_to_pb(seconds: float) -> Duration:
     """Turns seconds into a Duration."""
@@ -32,10 +35,9 @@ def seconds_of(duration: Duration) -> float:
 
 
 def timestamp_to_pb(time: datetime) -> Timestamp:
-    """Turns an aware time into a Timestamp."""
-    message = Timestamp()
-    message.FromDatetime(time)
-    return message
+    """Turns an aware time into a Timestamp, to the microsecond."""
+    seconds = (time - _EPOCH) // _SECOND
+    return Timestamp(seconds=seconds, nanos=time.microsecond * 1000)
 
 
 def offering_from_pb(message: model_pb2.Offering) -> Offering:

@@ -43,6 +43,8 @@ SEGMENT_BYTES_MAX = 16 * 1024 * 1024
 _HEADER = struct.Struct("<II")
 _PROGRESS = struct.Struct("<cII")
 _SUFFIX = ".journal"
+# Made once: json.dumps with separators makes an encoder each time.
+_ENCODE = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass(slots=True)
@@ -114,9 +116,11 @@ class Journal:
     def opened(self, opening: Opening) -> int:
         """Notes an accepted generation; returns its ordinal for later records."""
         self._ordinal += 1
+        # Of this segment, also when the record fills it and the next one is begun.
+        number = self._number
         self._write_json(b"O", [self._ordinal, _opening_to_json(opening)])
-        self._open_generations[self._ordinal] = self._number
-        self._live_by_segment[self._number] += 1
+        self._open_generations[self._ordinal] = number
+        self._live_by_segment[number] += 1
         return self._ordinal
 
     def progress(self, counts: list[tuple[int, int]]) -> None:
@@ -178,7 +182,7 @@ class Journal:
             self._path(number).unlink(missing_ok=True)
 
     def _write_json(self, kind: bytes, value: object) -> None:
-        body = kind + json.dumps(value, separators=(",", ":")).encode("utf-8")
+        body = kind + _ENCODE(value).encode("utf-8")
         self._write(_HEADER.pack(len(body), zlib.crc32(body)) + body)
         if self._size > SEGMENT_BYTES_MAX:
             self._next_segment()

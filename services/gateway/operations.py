@@ -137,6 +137,9 @@ class Generations:
         self._reading[reader] = generation
         try:
             await reader.done
+        except MaasError:
+            await reader.can_end()
+            raise
         finally:
             del self._reading[reader]
             generation.detach(reader)

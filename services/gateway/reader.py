@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     Write = Callable[[Any], Coroutine[Any, Any, None]]
 
+# Longest wait for the first message of a call that has failed to be on its way.
+FIRST_WAIT_S = 5.0
+
 
 class Reader:
     """A call attached to a generation.
@@ -30,6 +33,8 @@ class Reader:
     """
 
     __slots__ = (
+        "_first",
+        "_has_written",
         "_interval_s",
         "_loop",
         "_on_ready",
@@ -76,6 +81,8 @@ class Reader:
         self._ticker = ticker
         self._interval_s = interval_s
         self._on_ready: Callable[[Reader], None] | None = None
+        self._has_written = False
+        self._first: asyncio.Future[None] | None = None
 
     @property
     def is_idle(self) -> bool:
@@ -108,6 +115,17 @@ class Reader:
             # A handler that was cancelled does not ask any more; that is no defect.
             self.done.exception()
 
+    async def can_end(self) -> None:
+        """Waits until the call takes a status, at most FIRST_WAIT_S.
+
+        The headers travel with the first message. A status would bring them once more, which grpc
+        refuses while they are on their way; the client would then wait for its deadline.
+        """
+        if self._writer is None or self._has_written or not self._writer.is_busy:
+            return
+        self._first = self._loop.create_future()
+        await asyncio.wait((self._first,), timeout=FIRST_WAIT_S)
+
     def detach(self) -> None:
         """Forgets the generation."""
         self._on_ready = None
@@ -119,6 +137,9 @@ class Reader:
 
     def _written(self, error: BaseException | None) -> None:
         self.writing_since_s = None
+        self._has_written = True
+        if self._first is not None and not self._first.done():
+            self._first.set_result(None)
         if error is not None:
             # The call is over on the other side; its handler is told by the library.
             self.fail(Cancelled("the caller went away"))

@@ -73,8 +73,8 @@ class Releaser:
                 for generation in ready:
                     generation.end(error, EndCause.GATEWAY_LOST)
                 return
-        for generation in batch.ended:
-            generation.complete()
         for reader, frame in batch.frames:
             if reader.is_idle:
                 reader.write(frame)
+        for generation in batch.ended:
+            generation.complete()

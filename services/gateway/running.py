@@ -162,7 +162,9 @@ class Generation:
         # Journaled before the first frame; from here on the client owes the prompt.
         self._ordinal = books.journal.opened(opening)
         self._sink.on_event = self.ready
-        self.ready()
+        if terms.lives_on:
+            # It may be over already, and nobody may come to read it.
+            self.ready()
 
     @property
     def usage(self) -> Usage:
@@ -196,8 +198,9 @@ class Generation:
         """Serves a reader no more."""
         self.readers.remove(reader)
         reader.detach()
-        # Output that waited for this reader may be released without one.
-        self.ready()
+        if self.cause is None:
+            # Output that waited for this reader may be released without one.
+            self.ready()
 
     def ready(self) -> None:
         """Says that something may be released or written. On the token path."""
@@ -236,7 +239,9 @@ class Generation:
         self.finish(EndCause.COMPLETED)
         self.sequence += 1
         self._is_complete = True
-        self.ready()
+        # Those that are being written to come by themselves.
+        if any(reader.is_idle or not reader.takes for reader in self.readers):
+            self.ready()
 
     def end(self, error: MaasError, cause: EndCause) -> None:
         """Ends it without a result; all readers get the error. Repeating changes nothing."""
@@ -276,7 +281,9 @@ class Generation:
 
     def _resume(self, reader: Reader) -> None:
         """A reader can take the next frame, or waits for output. On the token path."""
-        if (
+        if self._is_complete and reader.cursor == self.sequence:
+            reader.complete()
+        elif (
             self.cause is None
             and reader.cursor == self.sequence
             and not reader.is_collecting

@@ -87,6 +87,8 @@ class Settler:
         self._interval_s = interval_s
         self._idle_s = idle_s
         self._queue: list[Settlement] = []
+        # Settlements that have left the queue.
+        self._taken = 0
         # Of those in the queue: charged, with an idempotency key.
         self._by_request: dict[tuple[str, str], Settlement] = {}
         self._wake = asyncio.Event()
@@ -153,8 +155,10 @@ class Settler:
             await self._flush()
 
     async def _flush(self) -> None:
-        while self._queue:
-            await self._settle_batch(self._queue[:BATCH_MAX])
+        # What is queued meanwhile waits for the next time: else batches would become small.
+        until = self._taken + len(self._queue)
+        while self._taken < until:
+            await self._settle_batch(self._queue[: min(BATCH_MAX, until - self._taken)])
         if self._clock.monotonic_s() >= self._renew_at_s and self._book.open_ids():
             await self._settle_batch([])
 
@@ -193,6 +197,7 @@ class Settler:
             self._by_request.pop(_request_of(item), None)
         # Only this task removes, so the batch is still the head of the queue.
         del self._queue[: len(batch)]
+        self._taken += len(batch)
         metrics.SETTLEMENTS_QUEUED.set(len(self._queue))
 
     async def _isolate(self, batch: list[Settlement], error: MaasError) -> None:
@@ -212,6 +217,7 @@ class Settler:
         self._book.settled(batch[0].opening.slice_id, batch[0].owed)
         self._by_request.pop(_request_of(batch[0]), None)
         del self._queue[:1]
+        self._taken += 1
 
 
 def _request_of(settlement: Settlement) -> tuple[str, str]:

@@ -205,17 +205,23 @@ class Spares:
             self._wake.set()
         return spare
 
+    def _serves(self, spare: Spare, model_version: str) -> bool:
+        worker = self._workers.find(spare.worker)
+        return (
+            worker is not None
+            and worker.epoch == spare.epoch
+            and model_version in worker.model_versions
+        )
+
     def _pick(
         self, pool: _Pool, model_version: str, exclude: Collection[str], now_s: float
     ) -> Spare | None:
-        workers = self._workers.serving(model_version, set())
-        epochs = {worker.name: worker.epoch for worker in workers}
         passed_over: list[_Kept] = []
         found: Spare | None = None
         while pool.kept and found is None:
             kept = pool.kept.popleft()
             spare = kept.spare
-            if kept.use_by_s <= now_s or epochs.get(spare.worker) != spare.epoch:
+            if kept.use_by_s <= now_s or not self._serves(spare, model_version):
                 self._returns.append(spare.slot_id)
             elif spare.worker in exclude:
                 passed_over.append(kept)

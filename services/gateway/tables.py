@@ -128,6 +128,10 @@ class Workers(Table):
         """Forgets a worker that takes no work."""
         self._by_name.pop(name, None)
 
+    def find(self, name: str) -> Worker | None:
+        """Returns a worker by its name, if it takes work."""
+        return self._by_name.get(name)
+
     def endpoints(self) -> set[tuple[str, str]]:
         """Returns name and endpoint of each."""
         return {(worker.name, worker.endpoint) for worker in self._by_name.values()}

@@ -109,6 +109,11 @@ class Executions:
         """Executions that the engine does not know yet."""
         return self._preparing
 
+    @property
+    def count(self) -> int:
+        """Executions that are here, in the engine or on their way to it."""
+        return len(self._by_id)
+
     def running_ids(self) -> list[str]:
         """Ids of all executions that hold a place in the engine, or wait for one there."""
         return [run.execution_id for run in self._by_id.values() if run.engine_lane is not None]

@@ -44,6 +44,8 @@ WELCOME_WITHIN_S = 15.0
 # How long starts and ends are gathered before they are reported. A free place is known that much
 # later; a short execution is one message instead of two, and a busy worker sends 200 a second.
 GATHER_S = 0.005
+# So many times as long while half of the places are free: then nobody waits for one.
+GATHER_IDLE_FACTOR = 10
 # Ids in one ExecutionReport: half a mebibyte at most.
 REPORT_MAX = 4096
 
@@ -172,10 +174,14 @@ class Registration:
                     self._is_heartbeat_due = False
                     await call.write(registry_pb.ConnectRequest(load=self._load()))
                 await self._reports.changed.wait()
-                await self._clock.sleep_s(self._gather_s)
+                await self._clock.sleep_s(self._gather_for_s())
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             return
         raise Unavailable("more happened than is kept for the scheduler: registering anew")
+
+    def _gather_for_s(self) -> float:
+        is_ample = 2 * self._executions.count <= self._register.info.max_running
+        return self._gather_s * GATHER_IDLE_FACTOR if is_ample else self._gather_s
 
     async def _write_executions(self, call: Call) -> None:
         while True:

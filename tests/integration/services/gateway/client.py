@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 CANCEL = generation_service_pb2.DISCONNECT_POLICY_CANCEL
 CONTINUE = generation_service_pb2.DISCONNECT_POLICY_CONTINUE
+# Longer than anything that a test waits for: what hangs fails.
+WAIT_S = 10.0
 # What was refused is refused: a client that repeats by itself would only make tests slow.
 _OPTIONS = [
     ("grpc.enable_retries", 0),
@@ -114,7 +117,8 @@ class Reading:
             MaasError: what the gateway raised.
         """
         try:
-            response: Any = await self.call.read()
+            async with asyncio.timeout(WAIT_S):
+                response: Any = await self.call.read()
         except grpc.aio.AioRpcError as failure:
             raise error_of(failure) from failure
         if response is grpc.aio.EOF:
@@ -235,7 +239,8 @@ async def answer(call: Unary) -> generation_pb2.Generation:
         MaasError: what the gateway raised.
     """
     try:
-        response = await call
+        async with asyncio.timeout(WAIT_S):
+            response = await call
     except grpc.aio.AioRpcError as failure:
         raise error_of(failure) from failure
     return response.generation

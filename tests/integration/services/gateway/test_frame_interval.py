@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from itertools import pairwise
+import itertools
+import math
 from pathlib import Path
 
 import pytest
 
 from libs.errors import FieldRule, InvalidArgument
+from libs.testing import eventually
 from tests.integration.services.gateway.client import Reading, Wish
 from tests.integration.services.gateway.harness import World, gateway
 
 INTERVAL_S = 0.1
-# A timer may fire a little early by the clock that the test reads.
-TOLERANCE_S = 0.005
 
 
 def now_s() -> float:
@@ -44,17 +44,15 @@ async def test_deltas_keep_their_distance_and_nothing_is_lost(tmp_path: Path) ->
         execution = await world.accepted()
         saying = asyncio.create_task(say_slowly(world, execution.lane, 22))
 
-        # Two intervals of tokens and a bit. The first token goes at once; from the second frame
-        # on all leave at the multiples of the interval, so only the first gap may be shorter.
-        times = await arrivals(stream, 15)
+        times = await arrivals(stream, 22)
         await saying
         world.workers[0].end(execution.lane)
         await stream.rest()
 
         assert stream.frames[1].output_tokens == 1
-        gaps = [after - before for before, after in pairwise(times)]
-        assert all(gap >= INTERVAL_S * 0.75 - TOLERANCE_S for gap in gaps[1:])
-        assert len(times) <= 4
+        # The first token goes at once; all others leave at the multiples of the interval.
+        intervals = math.ceil((times[-1] - times[0]) / INTERVAL_S)
+        assert len(times) <= 2 + intervals
         assert stream.text == "x" * 22
         assert stream.sequences == list(range(1, stream.last.sequence + 1))
 
@@ -144,17 +142,17 @@ async def test_tokens_are_packed_while_the_client_does_not_take_them(tmp_path: P
         execution = await world.accepted()
         await stream.until(0)
         # The first ones fill the window; those behind them wait.
-        for number in range(100):
+        for number in range(300):
             world.workers[0].say(execution.lane, "x" * 100_000, first=number)
         world.workers[0].end(execution.lane)
         (generation,) = world.generations._running.values()
-        async with asyncio.timeout(5):
-            while not generation._sink.is_over:
-                await asyncio.sleep(0.001)
+        await eventually(lambda: generation._sink.is_over)
 
         await stream.rest()
 
-        assert stream.text == "x" * 100_000 * 100
-        assert len(stream.frames) < 80
+        counts = [frame.output_tokens for frame in stream.frames]
+        largest = max(after - before for before, after in itertools.pairwise(counts))
+        assert largest > 10
+        assert len(stream.text) == 300 * 100_000
         assert stream.sequences == list(range(1, len(stream.frames) + 1))
-        assert stream.last.finished.usage.output_tokens == 100
+        assert stream.last.finished.usage.output_tokens == 300

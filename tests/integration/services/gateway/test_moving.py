@@ -186,7 +186,7 @@ async def test_the_only_worker_may_come_back(tmp_path: Path) -> None:
 
 
 async def test_a_request_that_loses_worker_after_worker_ends_and_is_free(tmp_path: Path) -> None:
-    async with gateway(tmp_path, worker_count=2) as world:
+    async with gateway(tmp_path, worker_count=2, move_wait_s=60.0) as world:
         stream, _ = await begun(world)
         for number in range(MOVES_MAX):
             world.workers[number % 2].break_stream()
@@ -275,7 +275,7 @@ def end_grace(world: World, _: Reading) -> None:
 async def test_what_ends_while_it_moves_leaves_nothing_running(
     tmp_path: Path, end: Callable[[World, Reading], None], cause: EndCause
 ) -> None:
-    async with gateway(tmp_path, worker_count=2) as world:
+    async with gateway(tmp_path, worker_count=2, move_wait_s=60.0) as world:
         first, second = world.workers
         stream, _ = await begun(world)
         first.break_stream()

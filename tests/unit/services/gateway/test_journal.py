@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from datetime import UTC, datetime
 from pathlib import Path
@@ -202,3 +203,75 @@ def test_a_full_disk_is_a_typed_refusal(tmp_path: Path) -> None:
         process.progress([(1, 1)])
     assert caught.value.metadata == {"dependency": "journal"}
     abandon(process)
+
+
+def test_idempotency_keys_survive(tmp_path: Path) -> None:
+    first = Journal(tmp_path)
+    keyed = dataclasses.replace(opening(1), request_id="r-1", request_sha256="ab" * 32)
+    first.opened(keyed)
+    first.opened(opening(2))
+    abandon(first)
+
+    recovered = Journal(tmp_path).recover(LATER)
+
+    assert [found for found, _ in recovered.settlements] == [keyed, opening(2)]
+
+
+def test_openings_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    """They know nothing of idempotency keys."""
+    first = Journal(tmp_path)
+    fields = journal_module._opening_to_json(opening(1))
+    del fields["request_id"], fields["request_sha256"]
+    first._write_json(b"O", [1, fields])
+    abandon(first)
+
+    recovered = Journal(tmp_path).recover(LATER)
+
+    assert [found for found, _ in recovered.settlements] == [opening(1)]
+
+
+def test_counts_of_several_generations_are_one_write_and_each_is_found(tmp_path: Path) -> None:
+    first = Journal(tmp_path)
+    ordinals = [first.opened(opening(number)) for number in range(3)]
+    size = first._size
+    first.progress([(ordinal, 10 + ordinal) for ordinal in ordinals])
+    assert first._size == size + 3 * 17
+    first.progress([(ordinals[1], 99)])
+    abandon(first)
+
+    recovered = Journal(tmp_path).recover(LATER)
+
+    counts = [found.output_tokens for _, found in recovered.settlements]
+    assert counts == [11, 99, 13]
+
+
+@pytest.mark.parametrize("torn_bytes", [1, 17, 18, 34])
+def test_of_a_torn_batch_the_whole_records_count(tmp_path: Path, torn_bytes: int) -> None:
+    """None of them was released, so each of both answers is right; nothing else may be lost."""
+    first = Journal(tmp_path)
+    ordinals = [first.opened(opening(number)) for number in range(2)]
+    first.progress([(ordinal, 1) for ordinal in ordinals])
+    first.progress([(ordinal, 2) for ordinal in ordinals])
+    path = first._path(first._number)
+    abandon(first)
+    path.write_bytes(path.read_bytes()[:-torn_bytes])
+
+    recovered = Journal(tmp_path).recover(LATER)
+
+    counts = [found.output_tokens for _, found in recovered.settlements]
+    assert counts == ([2, 1] if torn_bytes <= 17 else [1, 1])
+
+
+def test_a_segment_stays_while_the_generation_that_filled_it_is_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "SEGMENT_BYTES_MAX", 100)
+    process = Journal(tmp_path)
+    process.opened(opening(0))
+    for number in range(1, 5):
+        process.settled([process.opened(opening(number))])
+    abandon(process)
+
+    recovered = Journal(tmp_path).recover(LATER)
+
+    assert [found.generation_id for found, _ in recovered.settlements] == ["gen_g1_0"]

@@ -66,7 +66,7 @@ class World:
     async def _close(self, slice_ids: list[str]) -> None:
         del slice_ids
 
-    def put(self, number: int) -> None:
+    def put(self, number: int, request_id: str = "", cause: EndCause = EndCause.COMPLETED) -> None:
         opening = Opening(
             generation_id=f"g{number}",
             slice_id="s1",
@@ -78,8 +78,10 @@ class World:
             price="prices/p",
             input_tokens=1,
             start_time=NOW,
+            request_id=request_id,
+            request_sha256="ab" if request_id else "",
         )
-        closing = Closing(output_tokens=1, cause=EndCause.COMPLETED, end_time=NOW)
+        closing = Closing(output_tokens=1, cause=cause, end_time=NOW)
         ordinal = self.journal.opened(opening)
         self.journal.closed(ordinal, closing)
         self.settler.put(Settlement(ordinal=ordinal, opening=opening, closing=closing, owed=0))
@@ -146,3 +148,30 @@ async def test_leases_are_renewed_with_and_without_settlements(world: World) -> 
 
     assert world.billing.calls == [0, 0]
     assert world.billing.renewed == [["s1"], ["s1"]]
+
+
+async def test_what_is_queued_is_found_by_its_key_until_billing_has_it(world: World) -> None:
+    world.put(1, "r-1")
+    world.put(2, "r-2", EndCause.ENGINE_FAILURE)
+    world.put(3)
+
+    found = world.settler.find_charged("projects/dev", "r-1")
+
+    assert found is not None
+    assert (found.generation_id, found.request_sha256) == ("g1", "ab")
+    assert (found.usage.input_tokens, found.usage.output_tokens) == (1, 1)
+    # Not charged, another project's, without a key.
+    assert world.settler.find_charged("projects/dev", "r-2") is None
+    assert world.settler.find_charged("projects/other", "r-1") is None
+    assert world.settler.find_charged("projects/dev", "") is None
+    await world.settler.flush()
+    assert world.settler.find_charged("projects/dev", "r-1") is None
+
+
+async def test_what_billing_refuses_frees_its_key(world: World) -> None:
+    world.put(1, "r-1")
+    world.billing.bad = {"g1"}
+
+    await world.settler.flush()
+
+    assert world.settler.find_charged("projects/dev", "r-1") is None
