@@ -29,10 +29,10 @@ CONNECTION_AGE_GRACE_MS = 15 * 60 * 1000
 STATUS_DETAILS_BYTES_MAX = 6 * 1024
 
 # Watches. A watcher that hears nothing for longer than the silence starts again.
-WATCH_BOOKMARK_S = 2.0
-WATCH_SILENCE_MAX_S = 8.0
+WATCH_BOOKMARK_S = 4.0
+WATCH_SILENCE_MAX_S = 10.0
 # How late a change made by another process of the same service may be seen.
-WATCH_POLL_S = 0.5
+WATCH_POLL_S = 0.9
 
 # A key table older than this refuses everybody: a revoked key must not live on.
 KEY_TABLE_AGE_MAX_S = 60.0

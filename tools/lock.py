@@ -1,7 +1,8 @@
-"""Resolves pyproject.toml into the two lock files, with uv in a throw-away environment.
+"""Resolves pyproject.toml into the three lock files, with uv in a throw-away environment.
 
-The runtime lock is constrained by the development lock, so that both name the same versions. Index
-lines are left out: where packages come from is everybody's own configuration.
+The runtime lock is constrained by the development lock, so that both name the same versions. The
+benchmarks' lock holds its own group alone and is installed beside the development lock. Index lines
+are left out: where packages come from is everybody's own configuration.
 """
 
 from __future__ import annotations
@@ -26,15 +27,20 @@ FLAGS = (
 
 
 def main() -> int:
-    """Writes both locks; returns the exit code."""
+    """Writes all locks; returns the exit code."""
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         python = Path(folder) / "bin" / "python"
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", "uv"], check=True)
-        compiling = [str(python), "-m", "uv", "pip", "compile", *FLAGS, "pyproject.toml"]
+        compiling = [str(python), "-m", "uv", "pip", "compile", *FLAGS]
         for flags in (
-            ("--extra=dev", "--output-file=requirements-dev.lock"),
-            ("--constraints=requirements-dev.lock", "--output-file=requirements.lock"),
+            ("pyproject.toml", "--extra=dev", "--output-file=requirements-dev.lock"),
+            (
+                "pyproject.toml",
+                "--constraints=requirements-dev.lock",
+                "--output-file=requirements.lock",
+            ),
+            ("--group=bench", "--output-file=requirements-bench.lock"),
         ):
             print(" ".join(flags), flush=True)
             subprocess.run([*compiling, *flags], cwd=ROOT, check=True)

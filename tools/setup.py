@@ -2,6 +2,7 @@
 
     python3 tools/setup.py           what running needs
     python3 tools/setup.py --dev     and what testing needs
+    python3 tools/setup.py --bench   and, beside both, the one program that only benchmarks need
 
 Runs on a bare Python, so it imports nothing but the standard library, and has to be understood by
 old ones far enough to say that they are too old: hence the quoted types. Which index packages come
@@ -29,6 +30,7 @@ LOG = VENV / "setup.log"
 PLACE = VENV / "place"
 RUNTIME_LOCK = ROOT / "requirements.lock"
 DEV_LOCK = ROOT / "requirements-dev.lock"
+BENCH_LOCK = ROOT / "requirements-bench.lock"
 OLDEST = (3, 11)
 NEWEST = (3, 13)
 TAIL_LINES = 15
@@ -74,9 +76,11 @@ def _runs(program: str, minor: int) -> bool:
 
 
 def stamp_of(locks: "list[Path]") -> str:
-    """Hash of everything that decides what ends up in .venv."""
+    """Hash of everything that decides what a lock file puts into .venv."""
     digest = hashlib.sha256()
-    for path in [*locks, ROOT / "pyproject.toml"]:
+    # What only benchmarks need is not the suite itself and has no dependencies in common with it.
+    is_bench_only = [path.name for path in locks] == [BENCH_LOCK.name]
+    for path in locks if is_bench_only else [*locks, ROOT / "pyproject.toml"]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -162,12 +166,16 @@ def pip_install(arguments: "list[str]", total: int) -> None:
 
 
 def install(lock: Path) -> None:
-    """Installs a lock file, hashes checked, and the suite itself from where it stands."""
+    """Installs a lock file, hashes checked, and the suite itself from where it stands.
+
+    The suite does not come with what only benchmarks need: that is an addition to either.
+    """
     LOG.write_text("")
     say(f"setup: packages of {lock.name}")
     total = len(set(re.findall(r"^[A-Za-z0-9._-]+(?===)", lock.read_text(), re.MULTILINE)))
     pip_install(["--require-hashes", "-r", str(lock)], total)
-    pip_install(["--no-deps", "--no-build-isolation", "--editable", "."], 1)
+    if lock != BENCH_LOCK:
+        pip_install(["--no-deps", "--no-build-isolation", "--editable", "."], 1)
 
 
 def main() -> int:
@@ -175,22 +183,28 @@ def main() -> int:
     use_supported_python()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dev", action="store_true", help="what testing needs, too")
-    is_dev = parser.parse_args().dev
-    lock = DEV_LOCK if is_dev else RUNTIME_LOCK
-    stamps = {VENV / f"stamp-{path.name}": stamp_of([path]) for path in (RUNTIME_LOCK, DEV_LOCK)}
-    wanted = VENV / f"stamp-{lock.name}"
+    parser.add_argument("--bench", action="store_true", help="what testing and benchmarks need")
+    asked = parser.parse_args()
     with Path(__file__).open() as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
-        if read(wanted) == stamps[wanted] and read(PLACE) == place():
-            return 0
-        started_s = time.perf_counter()
-        make_environment()
-        install(lock)
-        say(f"setup: done in {time.perf_counter() - started_s:.0f} s")
-        # Of what is both in the development lock and in the other one, the versions are equal.
-        for stamp in stamps if is_dev else (wanted,):
-            stamp.write_text(stamps[stamp])
+        bring_up_to_date(DEV_LOCK if asked.dev or asked.bench else RUNTIME_LOCK)
+        if asked.bench:
+            bring_up_to_date(BENCH_LOCK)
     return 0
+
+
+def bring_up_to_date(lock: Path) -> None:
+    """Installs a lock file unless that has been done already; the caller holds the guard."""
+    stamps = {path: VENV / f"stamp-{path.name}" for path in (RUNTIME_LOCK, DEV_LOCK, BENCH_LOCK)}
+    if read(stamps[lock]) == stamp_of([lock]) and read(PLACE) == place():
+        return
+    started_s = time.perf_counter()
+    make_environment()
+    install(lock)
+    say(f"setup: done in {time.perf_counter() - started_s:.0f} s")
+    # Of what is both in the development lock and in the other one, the versions are equal.
+    for path in (RUNTIME_LOCK, DEV_LOCK) if lock == DEV_LOCK else (lock,):
+        stamps[path].write_text(stamp_of([path]))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ from services.gateway.tables import Offerings, Prices
 
 SEED_BITS = 64
 ULID_BITS = 80
+# Nobody reads along: output need not come from the worker at once.
+UNARY_INTERVAL_S = 0.2
 
 FindCharged = Callable[[str, str], Awaitable[Charged | None]]
 """Asks billing: project, idempotency key."""
@@ -51,6 +53,7 @@ class Asked:
         request_id: idempotency key; empty when there is none.
         lives_on: it goes on when its caller leaves.
         is_unary: the answer is the whole result.
+        interval_s: how long its reader collects output before a frame; 0 for not at all.
         principal: who asks.
         arrived_s: monotonic.
         deadline_s: monotonic end; None for none.
@@ -60,6 +63,7 @@ class Asked:
     request_id: str
     lives_on: bool
     is_unary: bool
+    interval_s: float = 0.0
     principal: Principal
     arrived_s: float
     deadline_s: float | None
@@ -163,6 +167,7 @@ class Admission:
                 admitted.price,
                 seed=seed,
                 max_output_tokens=admitted.max_output_tokens,
+                interval_s=UNARY_INTERVAL_S if asked.is_unary else asked.interval_s,
             ),
             generation_id=generation_id,
             project=asked.project,

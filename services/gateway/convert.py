@@ -125,6 +125,7 @@ def execution_to_pb(
     *,
     seed: int,
     max_output_tokens: int,
+    interval_s: float = 0.0,
 ) -> engine_pb2.Execution:
     """Makes what is common to all attempts to run a spec: input, concrete sampling, stops."""
     given = spec.sampling
@@ -144,6 +145,8 @@ def execution_to_pb(
         execution.charge_limit.nanos = spec.max_charge.nanos
         execution.charge_limit.input_price = price.input_price
         execution.charge_limit.output_price = price.output_price
+    if interval_s > 0:
+        execution.output_interval.CopyFrom(duration_to_pb(interval_s))
     match spec.WhichOneof("input"):
         case "text":
             execution.text = spec.text

@@ -27,7 +27,9 @@ _DELTA_OUTPUTS = b"\x0a"
 _OUTPUT_TEXT = b"\x12"
 _OUTPUT_TOKEN_IDS = b"\x1a"
 _OUTPUT_END = b"\x2a"
-_SHORT_VARINTS = 1 << 14
+# Numbers below are of at most two bytes as varints, and lengths below of one.
+_SHORT = 1 << 14
+_SHORT_TEXT = 0x70
 
 
 class Frame(NamedTuple):
@@ -73,12 +75,22 @@ def delta(
     first_sequence: int = 0,
 ) -> Frame:
     """Makes a frame of new output. On the token path."""
-    output = b""
-    if text:
-        data = text.encode("utf-8")
-        output = _OUTPUT_TEXT + _varint(len(data)) + data
+    data = text.encode("utf-8")
+    if (
+        data
+        and len(data) < _SHORT_TEXT
+        and sequence < _SHORT
+        and output_tokens < _SHORT
+        and not token_ids
+        and end is None
+        and not first_sequence
+    ):
+        # Nearly every frame. Its parts are ready-made but for the text.
+        frame = _SEQUENCES[sequence] + _TEXTS[len(data)] + data + _COUNTS[output_tokens]
+        return Frame(sequence, _RESPONSES[len(frame)] + frame, True)
+    output = _OUTPUT_TEXT + _varint(len(data)) + data if data else b""
     if token_ids:
-        data = b"".join(map(_varint, token_ids))
+        data = b"".join([_varint(token_id) for token_id in token_ids])
         output += _OUTPUT_TOKEN_IDS + _varint(len(data)) + data
     if end is not None:
         data = end.SerializeToString()
@@ -121,11 +133,22 @@ def _long_varint(value: int) -> bytes:
     return bytes(data)
 
 
-_VARINTS = [_long_varint(value) for value in range(_SHORT_VARINTS)]
+_VARINTS = [_long_varint(value) for value in range(_SHORT)]
+_SEQUENCES = [_FRAME_SEQUENCE + number for number in _VARINTS]
+_COUNTS = [b"", *(_FRAME_OUTPUT_TOKENS + number for number in _VARINTS[1:])]
+_RESPONSES = [_RESPONSE_FRAME + _long_varint(length) for length in range(2 * _SHORT_TEXT)]
+# What stands before a text of each length: the heads of delta, outputs and text.
+_TEXTS = [
+    b"".join(
+        head + _long_varint(length + rest)
+        for head, rest in ((_FRAME_DELTA, 4), (_DELTA_OUTPUTS, 2), (_OUTPUT_TEXT, 0))
+    )
+    for length in range(_SHORT_TEXT)
+]
 
 
 def _varint(value: int) -> bytes:
-    return _VARINTS[value] if value < _SHORT_VARINTS else _long_varint(value)
+    return _VARINTS[value] if value < _SHORT else _long_varint(value)
 
 
 def timings(generation: Generation) -> generation_pb2.Timings:

@@ -25,6 +25,7 @@ class Reader:
     Attributes:
         key_id: of the caller.
         cursor: sequence of the last frame that was handed to the transport.
+        is_idle: whether a frame may be written to it now.
         takes: whether frames are written to it; a unary call only waits for the end.
         is_replay: its request repeats another one's request_id.
         is_collecting: it had a delta a moment ago and waits for more before the next one.
@@ -43,6 +44,7 @@ class Reader:
         "cursor",
         "done",
         "is_collecting",
+        "is_idle",
         "is_replay",
         "key_id",
         "takes",
@@ -75,6 +77,7 @@ class Reader:
         self.takes = write is not None
         self.is_replay = is_replay
         self.is_collecting = False
+        self.is_idle = self.takes
         self.writing_since_s: float | None = None
         self.done: asyncio.Future[None] = self._loop.create_future()
         self._writer = CallWriter(write, self._written) if write is not None else None
@@ -84,11 +87,6 @@ class Reader:
         self._has_written = False
         self._first: asyncio.Future[None] | None = None
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether a frame may be written to it."""
-        return self._writer is not None and not self._writer.is_busy and not self.done.done()
-
     def attach(self, on_ready: Callable[[Reader], None]) -> None:
         """Has `on_ready` called whenever it has become idle or has collected long enough."""
         self._on_ready = on_ready
@@ -96,6 +94,7 @@ class Reader:
     def write(self, frame: Frame) -> None:
         """Hands a frame to the transport."""
         assert self._writer is not None
+        self.is_idle = False
         self.cursor = frame.sequence
         self.writing_since_s = self._loop.time()
         if self._ticker is not None and self._interval_s and frame.is_delta:
@@ -105,11 +104,13 @@ class Reader:
 
     def complete(self) -> None:
         """Says that it has all that there is."""
+        self.is_idle = False
         if not self.done.done():
             self.done.set_result(None)
 
     def fail(self, error: MaasError) -> None:
         """Ends the call with an error. May be repeated; the first one stays."""
+        self.is_idle = False
         if not self.done.done():
             self.done.set_exception(error)
             # A handler that was cancelled does not ask any more; that is no defect.
@@ -138,6 +139,7 @@ class Reader:
     def _written(self, error: BaseException | None) -> None:
         self.writing_since_s = None
         self._has_written = True
+        self.is_idle = not self.done.done()
         if self._first is not None and not self._first.done():
             self._first.set_result(None)
         if error is not None:

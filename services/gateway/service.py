@@ -37,7 +37,11 @@ class GenerationService:
         call = current_call()
         interval_s = _interval_s(request.stream.frame_interval, "stream.frame_interval")
         asked = _asked(
-            request.spec, request.request_id, request.stream.on_disconnect, call, is_unary=False
+            request.spec,
+            request.request_id,
+            request.stream.on_disconnect,
+            call,
+            interval_s=interval_s,
         )
         generation, is_repeat = await self._generations.open(asked, call)
         reader = Reader(
@@ -56,7 +60,7 @@ class GenerationService:
     ) -> generation_service_pb2.GenerateResponse:
         """Waits for the end; the output counts as released with the answer."""
         call = current_call()
-        asked = _asked(request.spec, request.request_id, request.on_disconnect, call, is_unary=True)
+        asked = _asked(request.spec, request.request_id, request.on_disconnect, call)
         generation, _ = await self._generations.open(asked, call)
         result = await self._generations.read_whole(
             generation, Reader(asked.principal.key_id), call
@@ -103,8 +107,9 @@ def _asked(
     on_disconnect: generation_service_pb2.DisconnectPolicy.ValueType,
     call: Call,
     *,
-    is_unary: bool,
+    interval_s: float | None = None,
 ) -> Asked:
+    """Reads what is asked for. Without an interval the answer is the whole result."""
     lives_on = on_disconnect == generation_service_pb2.DISCONNECT_POLICY_CONTINUE
     deadline_s = call.deadline_s
     if lives_on and call.policy.default_deadline_s is not None:
@@ -114,7 +119,8 @@ def _asked(
         spec=spec,
         request_id=request_id,
         lives_on=lives_on,
-        is_unary=is_unary,
+        is_unary=interval_s is None,
+        interval_s=interval_s or 0.0,
         principal=call.require_principal(),
         arrived_s=call.started_s,
         deadline_s=deadline_s,

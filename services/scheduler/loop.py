@@ -50,6 +50,8 @@ from services.scheduler.core.step import step
 
 # How late a time-out may be noticed; nothing else waits for it.
 TICK_S = 0.1
+# The same while nobody waits and every slot has started: only leases can run out.
+TICK_IDLE_S = 0.4
 OBSERVE_S = 1.0
 # A gateway's library may repeat a refusal of this kind by itself; together its attempts bridge the
 # second that workers need to come back to a restarted scheduler.
@@ -160,7 +162,8 @@ class Scheduler:
         observed_s = self._clock.monotonic_s()
         while True:
             self._is_idle = True
-            await self._clock.sleep_s(TICK_S)
+            is_awaited = self._state.waiting or self._state.unstarted
+            await self._clock.sleep_s(TICK_S if is_awaited else TICK_IDLE_S)
             is_idle = self._is_idle
             self._take(Tick())
             if self._clock.monotonic_s() - observed_s >= OBSERVE_S:

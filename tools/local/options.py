@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tools.local.place import (
@@ -20,6 +22,9 @@ from tools.local.place import (
 )
 
 ENGINES = ("llamacpp", "sim")
+STEP = re.compile(r"\d+(\.\d+)?(ms|s)")
+SETTING = re.compile(r"(?P<name>(gateway|worker)(\.[a-z][a-z_]*)+)=(?P<value>.+)")
+NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
 
 class OptionError(Exception):
@@ -37,7 +42,8 @@ class Options:
         model: the GGUF file; None with the simulated engine.
         capacity: streams that a worker runs at the same time; None for the engine's default.
         workers: how many.
-        is_flat_out: the simulated GPU takes no time: for benchmarks of everything else.
+        settings: what is configured otherwise than the templates say, as TOML values by
+            "section.key": {"gateway.replay_window": '"5s"'}.
         is_detached: return when ready, leave the suite running.
         ready_descriptor: file descriptor that is told when all is ready; None for none.
     """
@@ -48,7 +54,7 @@ class Options:
     model: Path | None
     capacity: int | None
     workers: int
-    is_flat_out: bool
+    settings: Mapping[str, str]
     is_detached: bool
     ready_descriptor: int | None
 
@@ -86,7 +92,17 @@ def parse(arguments: Sequence[str]) -> Options:
     parser.add_argument("--model", type=Path, help="a GGUF file (our own small model)")
     parser.add_argument("--capacity", type=int, help="streams at the same time on each worker")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--flat-out", action="store_true", help="the simulated GPU takes no time")
+    parser.add_argument(
+        "--step", metavar="TIME", help='the simulated GPU takes exactly this for a token: "20ms"'
+    )
+    parser.add_argument("--flat-out", action="store_true", help="the same as --step 0ms")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="configure a gateway or worker otherwise: gateway.slice_idle=5s; may be repeated",
+    )
     parser.add_argument("--detach", action="store_true", help="return when ready")
     parser.add_argument("--ready-descriptor", type=int, help=argparse.SUPPRESS)
     state_argument(parser)
@@ -96,8 +112,11 @@ def parse(arguments: Sequence[str]) -> Options:
         raise OptionError("a model file cannot be served by the simulated engine: drop one of them")
     if not 1 <= found.workers <= WORKERS_MAX:
         raise OptionError(f"--workers must be 1 to {WORKERS_MAX}")
-    if found.flat_out and engine != "sim":
-        raise OptionError("--flat-out is for the simulated engine: add --engine sim")
+    if found.flat_out and found.step is not None:
+        raise OptionError("--flat-out is --step 0ms: drop one of them")
+    step = "0ms" if found.flat_out else found.step
+    if step is not None and engine != "sim":
+        raise OptionError("--step and --flat-out are for the simulated engine: add --engine sim")
     if found.capacity is not None and found.capacity < 1:
         raise OptionError("--capacity must be 1 or more")
     return Options(
@@ -107,10 +126,42 @@ def parse(arguments: Sequence[str]) -> Options:
         model=None if engine == "sim" else _model_file(found.model),
         capacity=found.capacity,
         workers=found.workers,
-        is_flat_out=found.flat_out,
+        settings=_pace(step) | _settings(found.set),
         is_detached=found.detach,
         ready_descriptor=found.ready_descriptor,
     )
+
+
+def _pace(step: str | None) -> dict[str, str]:
+    """Settings of a simulated GPU whose every step takes the same time, whatever runs.
+
+    Prompts are prefilled whole and at no cost, so that a lane's pace depends on nothing.
+    """
+    if step is None:
+        return {}
+    if not STEP.fullmatch(step):
+        raise OptionError(f'--step is {step!r}: must be a duration, as "20ms" or "1.5s"')
+    return {
+        "worker.sim.prefill_tokens_per_s": "0",
+        "worker.sim.prefill_chunk_tokens": "1048576",
+        "worker.sim.decode_base": json.dumps(step),
+        "worker.sim.decode_per_lane": '"0ms"',
+    }
+
+
+def _settings(texts: Sequence[str]) -> dict[str, str]:
+    """Reads --set; a key that a service does not know is refused by the service."""
+    found = {}
+    for text in texts:
+        match = SETTING.fullmatch(text)
+        if match is None:
+            raise OptionError(
+                f"--set {text}: must be SECTION.KEY=VALUE, SECTION being gateway, worker or a"
+                " section inside of them"
+            )
+        value = match["value"]
+        found[match["name"]] = value if NUMBER.fullmatch(value) else json.dumps(value)
+    return found
 
 
 def _model_file(asked: Path | None) -> Path:

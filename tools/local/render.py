@@ -13,13 +13,6 @@ from tools.local.model import ServedModel
 from tools.local.options import Options
 from tools.local.place import DATABASE, METRICS_OFFSET, SERVICES, TEMPLATES, address
 
-_FLAT_OUT = (
-    "prefill_tokens_per_s = 0",
-    "prefill_chunk_tokens = 1048576",
-    'decode_base = "0ms"',
-    'decode_per_lane = "0ms"',
-)
-
 
 def quoted(text: str) -> str:
     """Makes a text fit between the quotes of a TOML string, which are those of JSON."""
@@ -45,8 +38,34 @@ def render(options: Options, model: ServedModel, socket: Path) -> dict[str, Path
         texts[name] = _fill("worker", values | _worker_values(name, options, model))
     files = {name: options.state.config / f"{name}.toml" for name in texts}
     for name, text in texts.items():
-        credential.write(files[name], text)
+        credential.write(files[name], with_settings(text, name, options.settings))
     return files
+
+
+def with_settings(text: str, process: str, settings: Mapping[str, str]) -> str:
+    """Adds what `--set` asks of a process; replaces what its template says of the same keys.
+
+    Args:
+        text: TOML, a key on a line.
+        process: name of the process; settings of other services are left out.
+        settings: TOML values by "section.key".
+    """
+    lines = text.splitlines()
+    for name, value in settings.items():
+        section, _, key = name.rpartition(".")
+        if section.partition(".")[0] != process.partition("-")[0]:
+            continue
+        header = f"[{section}]"
+        if header not in lines:
+            lines += ["", header]
+        start = lines.index(header) + 1
+        end = next(
+            (n for n in range(start, len(lines)) if lines[n].startswith("[")),
+            len(lines),
+        )
+        body = [line for line in lines[start:end] if line.partition("=")[0].strip() != key]
+        lines[start:end] = [f"{key} = {value}", *body]
+    return "\n".join(lines) + "\n"
 
 
 def _values(options: Options, socket: Path) -> dict[str, str]:
@@ -71,8 +90,6 @@ def _worker_values(name: str, options: Options, model: ServedModel) -> dict[str,
         optional.append(f'model_path = "{quoted(str(model.file))}"')
     if options.capacity is not None:
         optional.append(f"capacity = {options.capacity}")
-    if options.is_flat_out:
-        optional += ["", "[worker.sim]", *_FLAT_OUT]
     return {
         "name": name.replace("worker-", "w"),
         "listen": address(port),

@@ -38,6 +38,7 @@ class Execution(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     BUDGET_FIELD_NUMBER: _builtins.int
     CHARGE_LIMIT_FIELD_NUMBER: _builtins.int
+    OUTPUT_INTERVAL_FIELD_NUMBER: _builtins.int
     lane: _builtins.int
     """Chosen by the gateway, unique among the running executions of the stream;
     free again once Ended has come.
@@ -84,6 +85,12 @@ class Execution(_message.Message):
         tokens of the prompt before the engine starts. Absent: no limit.
         """
 
+    @_builtins.property
+    def output_interval(self) -> _duration_pb2.Duration:
+        """Output behind the first token may be kept back for so long, to travel with
+        later output: its reader collects it anyway. Absent: sent at once.
+        """
+
     def __init__(
         self,
         *,
@@ -99,10 +106,11 @@ class Execution(_message.Message):
         stop: _generation_pb2.StopOptions | None = ...,
         budget: _duration_pb2.Duration | None = ...,
         charge_limit: Global___ChargeLimit | None = ...,
+        output_interval: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "charge_limit", b"charge_limit", "chat", b"chat", "input", b"input", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "charge_limit", b"charge_limit", "chat", b"chat", "input", b"input", "output_interval", b"output_interval", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "charge_limit", b"charge_limit", "chat", b"chat", "continue_token_ids", b"continue_token_ids", "epoch", b"epoch", "execution_id", b"execution_id", "input", b"input", "lane", b"lane", "model_version", b"model_version", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "charge_limit", b"charge_limit", "chat", b"chat", "continue_token_ids", b"continue_token_ids", "epoch", b"epoch", "execution_id", b"execution_id", "input", b"input", "lane", b"lane", "model_version", b"model_version", "output_interval", b"output_interval", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["chat", "text", "tokens"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015

@@ -50,6 +50,12 @@ def test_bad_port_base_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) ->
         (["--workers", "0"], "--workers"),
         (["--workers", "17"], "--workers"),
         (["--capacity", "0"], "--capacity"),
+        (["--flat-out"], "simulated engine"),
+        (["--step", "20ms"], "simulated engine"),
+        (["--engine", "sim", "--step", "20"], "--step"),
+        (["--engine", "sim", "--step", "20ms", "--flat-out"], "drop one"),
+        (["--set", "gateway.slice_idle"], "SECTION.KEY=VALUE"),
+        (["--set", "billing.lease=1s"], "SECTION.KEY=VALUE"),
     ],
 )
 def test_what_cannot_be_is_refused(flags: list[str], words: str) -> None:
@@ -62,3 +68,16 @@ def test_missing_own_model_names_the_ways_out(monkeypatch: pytest.MonkeyPatch) -
 
     with pytest.raises(options.OptionError, match="ENGINE=sim"):
         options.parse([])
+
+
+def test_pace_and_settings_are_toml_by_section_and_key() -> None:
+    flags = ["--engine", "sim", "--step", "20ms"]
+    flags += ["--set", "gateway.slice_idle=5s", "--set", "worker.max_waiting=4096"]
+
+    got = options.parse(flags).settings
+
+    assert (got["gateway.slice_idle"], got["worker.max_waiting"]) == ('"5s"', "4096")
+    assert (got["worker.sim.decode_base"], got["worker.sim.decode_per_lane"]) == (
+        '"20ms"',
+        '"0ms"',
+    )

@@ -83,6 +83,27 @@ def test_model_file_and_capacity_reach_the_worker(asked: options.Options, tmp_pa
     config.load(config_class("worker"), files["worker-2"])
 
 
+def test_settings_reach_their_process_and_replace_what_is_there(asked: options.Options) -> None:
+    settings = {
+        "gateway.slice_idle": '"5s"',
+        "gateway.instance": '"g7"',
+        "worker.sim.decode_base": '"20ms"',
+        "worker.sim.decode_per_lane": '"0ms"',
+        "worker.max_waiting": "4096",
+    }
+    asked = dataclasses.replace(asked, settings=settings)
+
+    files = render.render(asked, SIMULATED, Path("/tmp/s"))  # noqa: S108 - not used
+
+    gateway = tomllib.loads(files["gateway"].read_text())["gateway"]
+    assert (gateway["slice_idle"], gateway["instance"]) == ("5s", "g7")
+    for name in ("worker-1", "worker-2"):
+        worker = tomllib.loads(files[name].read_text())["worker"]
+        assert worker["max_waiting"] == 4096
+        assert worker["sim"] == {"decode_base": "20ms", "decode_per_lane": "0ms"}
+        config.load(config_class("worker"), files[name])
+
+
 def internal_methods(service: ServiceDescriptor) -> list[str]:
     return [
         f"{service.full_name}/{method.name}"
