@@ -23,6 +23,7 @@ from libs.errors import (
     InvalidArgument,
     Reason,
     Unauthenticated,
+    Violation,
     invalid_field,
 )
 from libs.units import CURRENCY
@@ -30,7 +31,7 @@ from services.gateway import convert
 from services.gateway.attempts import Attempts
 from services.gateway.domain import Charged, Offering, Opening, Price, prompt_bound
 from services.gateway.placement import Placed, Placer
-from services.gateway.replay import Budget, ReplayLog
+from services.gateway.replay import UNBOUNDED, Budget, ReplayLog
 from services.gateway.running import Books, Generation, Terms, Times, engine_failure
 from services.gateway.slices import Hold
 from services.gateway.tables import Offerings, Prices
@@ -89,7 +90,7 @@ class Rules:
 
     Attributes:
         queue_wait_s: longest wait for a place on a worker.
-        replay_bytes_max: output kept for one generation.
+        replay_bytes_max: output kept of one stream.
     """
 
     queue_wait_s: float
@@ -211,12 +212,17 @@ class Admission:
                 attempts=attempts,
                 placed=placed,
                 times=Times(arrived_s=asked.arrived_s, accepted_s=self._clock.monotonic_s()),
-                log=ReplayLog(self._budget, self._rules.replay_bytes_max) if has_log else None,
+                log=self._new_log(asked) if has_log else None,
                 on_end=on_end,
             )
         except BaseException:
             placed.abort()
             raise
+
+    def _new_log(self, asked: Asked) -> ReplayLog:
+        # A whole result is charged, so it has to be there: max_output_tokens bound it.
+        bytes_max = UNBOUNDED if asked.is_unary else self._rules.replay_bytes_max
+        return ReplayLog(self._budget, bytes_max)
 
     async def _find(self, project: str, request_id: str) -> Charged | None:
         # Asked in this order nothing falls in between: what has left the queue is durable.
@@ -371,6 +377,11 @@ def _check_max_charge(spec: generation_pb2.GenerationSpec) -> None:
             f"spec.max_charge: prices are in {CURRENCY}",
             reason=Reason.CURRENCY_MISMATCH,
             metadata={"left": limit.currency_code, "right": CURRENCY},
+            violations=[
+                Violation(
+                    "spec.max_charge.currency_code", FieldRule.OUT_OF_RANGE, f"must be {CURRENCY}"
+                )
+            ],
         )
     if limit.nanos <= 0:
         raise invalid_field("spec.max_charge.nanos", FieldRule.OUT_OF_RANGE, "must be above 0")

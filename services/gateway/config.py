@@ -35,7 +35,8 @@ class GatewaySection(Section):
         queue_wait: longest wait for a place on a worker.
         stall_limit: a client that reads nothing for this long with a full window is cut off.
         replay_window: how long after its end a generation can be resumed or repeated.
-        replay_bytes_max: output kept of one generation; above it the oldest frames go.
+        replay_bytes_max: output kept of one stream; above it the oldest frames go. A whole result
+            is kept as far as max_output_tokens lets it grow.
         replay_total_bytes_max: output kept of all; above it new generations are refused once
             nothing is left to drop.
         move_wait: how long a generation whose worker was lost waits for another one.

@@ -2,13 +2,13 @@
 
 A worker's link pushes, the generation takes; both on the same event loop. What is pushed while the
 client's transport is busy is taken as one chunk, so frames grow under load by themselves. Bounded
-by max_output_tokens.
+by max_output_tokens, which the generation sees to.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -16,9 +16,27 @@ from maas.inference.v1 import generation_pb2
 
 from libs.errors import MaasError
 
-# Rows in one chunk. A row is a token, or some that were merged on the way: frames stay far below
-# the 256 KiB that the contract allows.
+# Rows in one chunk. A row is a token, or some that were merged on the way.
 ROWS_MAX = 1024
+# Of the output in one frame. The contract allows 256 KiB; the rest is for what stands around it.
+FRAME_BYTES_MAX = 248 * 1024
+CHARACTER_BYTES_MAX = 4
+TOKEN_ID_BYTES_MAX = 5
+
+
+def rows_of_frame(texts: Sequence[str], counts: Sequence[int]) -> int:
+    """Returns how many rows fit into one frame: whole ones only, and one in any case.
+
+    Args:
+        texts: of the rows, in order.
+        counts: tokens of each.
+    """
+    size = 0
+    for number, (text, count) in enumerate(zip(texts, counts, strict=True)):
+        size += len(text.encode("utf-8")) + TOKEN_ID_BYTES_MAX * count
+        if size > FRAME_BYTES_MAX and number:
+            return number
+    return len(texts)
 
 
 @dataclass(slots=True)
@@ -51,6 +69,9 @@ class Sink:
     on_event: Callable[[], None] | None = None
     _texts: list[str] = field(default_factory=list)
     _token_ids: list[int] = field(default_factory=list)
+    # Tokens of the rows, by their places, that have not one token each. A row is never split: its
+    # text is of all of its tokens together.
+    _counts: dict[int, int] = field(default_factory=dict)
     _end: generation_pb2.OutputEnd | None = None
     _failure: MaasError | None = None
 
@@ -60,7 +81,14 @@ class Sink:
             self.accepted.set_result(input_tokens)
 
     def push(self, text: str, token_ids: list[int]) -> None:
-        """New output. On the token path."""
+        """New output. On the token path.
+
+        Args:
+            text: whole characters.
+            token_ids: that made it.
+        """
+        if len(token_ids) != 1:
+            self._counts[len(self._texts)] = len(token_ids)
         self._texts.append(text)
         self._token_ids += token_ids
         if self.on_output is not None:
@@ -104,20 +132,41 @@ class Sink:
         return self._token_ids
 
     def take(self) -> Chunk:
-        """Takes what there is, at most ROWS_MAX rows while each is one token."""
+        """Takes what there is, at most ROWS_MAX rows and what fits into a frame."""
         texts, token_ids = self._texts, self._token_ids
-        if len(texts) > ROWS_MAX and len(texts) == len(token_ids):
-            chunk = Chunk("".join(texts[:ROWS_MAX]), token_ids[:ROWS_MAX], None)
-            del texts[:ROWS_MAX], token_ids[:ROWS_MAX]
-            return chunk
+        if len(texts) == 1:
+            text = texts[0]
+        else:
+            text = "".join(texts)
+            most = CHARACTER_BYTES_MAX * len(text) + TOKEN_ID_BYTES_MAX * len(token_ids)
+            if most > FRAME_BYTES_MAX or len(texts) > ROWS_MAX:
+                return self._take_some()
         self._texts, self._token_ids = [], []
-        text = texts[0] if len(texts) == 1 else "".join(texts)
+        if self._counts:
+            self._counts = {}
         return Chunk(text, token_ids, self._end)
+
+    def _take_some(self) -> Chunk:
+        counts = self._counts_of_rows()
+        rows = rows_of_frame(self._texts[:ROWS_MAX], counts[:ROWS_MAX])
+        tokens = sum(counts[:rows])
+        text, token_ids = "".join(self._texts[:rows]), self._token_ids[:tokens]
+        del self._texts[:rows], self._token_ids[:tokens]
+        self._put_counts(counts[rows:])
+        return Chunk(text, token_ids, None if self._texts else self._end)
 
     def adopt(self, earlier: Self) -> None:
         """Puts before its own output what an earlier execution left untaken."""
+        counts = earlier._counts_of_rows() + self._counts_of_rows()
         self._texts[:0] = earlier._texts
         self._token_ids[:0] = earlier._token_ids
+        self._put_counts(counts)
+
+    def _counts_of_rows(self) -> list[int]:
+        return [self._counts.get(place, 1) for place in range(len(self._texts))]
+
+    def _put_counts(self, counts: list[int]) -> None:
+        self._counts = {place: count for place, count in enumerate(counts) if count != 1}
 
 
 def new_sink() -> Sink:

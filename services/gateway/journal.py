@@ -16,12 +16,14 @@ and then JSON, except progress, which is on the token path:  'P' u32 ordinal u32
     Z slice_ids                 closed: nothing is held any more
 
 Segments are named <run>-<number>: ordinals count from 1 in each run, that is in each process. A
-segment is deleted when everything that was opened in it is settled and closed. What is torn at
-the end of a segment was never released.
+segment takes records until it is larger than SEGMENT_BYTES_MAX; it is deleted when everything that
+was opened in it, and in those before it, is settled and closed. What is torn at the end of a
+segment was never released.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -103,24 +105,34 @@ class Journal:
             path.unlink(missing_ok=True)
 
     def slice_wanted(self, slice_id: str) -> None:
-        """Notes a slice before it is asked for."""
-        self._open_slices[slice_id] = None
+        """Notes a slice before it is asked for.
+
+        Raises:
+            Unavailable: the journal cannot be written; the slice must not be asked for.
+        """
         self._write_json(b"S", slice_id)
+        self._open_slices[slice_id] = None
 
     def slices_closed(self, slice_ids: list[str]) -> None:
-        """Notes that nothing is held by these any more."""
+        """Notes that nothing is held by these any more.
+
+        Raises:
+            Unavailable: the journal cannot be written; after a crash they are closed once more.
+        """
         for slice_id in slice_ids:
             self._open_slices.pop(slice_id, None)
         self._write_json(b"Z", slice_ids)
 
     def opened(self, opening: Opening) -> int:
-        """Notes an accepted generation; returns its ordinal for later records."""
+        """Notes an accepted generation; returns its ordinal for later records.
+
+        Raises:
+            Unavailable: the journal cannot be written; nothing may be released.
+        """
         self._ordinal += 1
-        # Of this segment, also when the record fills it and the next one is begun.
-        number = self._number
         self._write_json(b"O", [self._ordinal, _opening_to_json(opening)])
-        self._open_generations[self._ordinal] = number
-        self._live_by_segment[number] += 1
+        self._open_generations[self._ordinal] = self._number
+        self._live_by_segment[self._number] += 1
         return self._ordinal
 
     def progress(self, counts: list[tuple[int, int]]) -> None:
@@ -140,11 +152,19 @@ class Journal:
         self._write(records)
 
     def closed(self, ordinal: int, closing: Closing) -> None:
-        """Notes the end of a generation."""
+        """Notes the end of a generation.
+
+        Raises:
+            Unavailable: the journal cannot be written; after a crash the last count stands.
+        """
         self._write_json(b"C", [ordinal, _closing_to_json(closing)])
 
     def settled(self, ordinals: list[int]) -> None:
-        """Notes that the money of these is durable."""
+        """Notes that the money of these is durable.
+
+        Raises:
+            Unavailable: the journal cannot be written; nothing has changed.
+        """
         self._write_json(b"A", ordinals)
         for ordinal in ordinals:
             number = self._open_generations.pop(ordinal, None)
@@ -163,16 +183,31 @@ class Journal:
         return self._folder / f"{self._run:08d}-{number:08d}{_SUFFIX}"
 
     def _next_segment(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-        self._number += 1
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
-        self._descriptor = os.open(self._path(self._number), flags, 0o600)
+        """Goes on in a new file, which is open and has its head before the old one is closed.
+
+        Raises:
+            OSError: there is no new file; all goes on in the old one.
+        """
+        number = self._number + 1
+        descriptor = self._begin(self._path(number))
+        earlier, self._descriptor = self._descriptor, descriptor
+        self._number = number
         self._size = 0
-        self._live_by_segment[self._number] = 0
+        self._live_by_segment[number] = 0
+        if earlier >= 0:
+            os.close(earlier)
+
+    def _begin(self, path: Path) -> int:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         # Slices may live for hours; naming them again frees the segments behind.
-        for slice_id in self._open_slices:
-            self._write_json(b"S", slice_id)
+        head = b"".join(_json_record(b"S", slice_id) for slice_id in self._open_slices)
+        try:
+            _write_all(descriptor, head)
+        except OSError:
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            raise
+        return descriptor
 
     def _delete_finished(self) -> None:
         for number in sorted(self._live_by_segment):
@@ -182,22 +217,32 @@ class Journal:
             self._path(number).unlink(missing_ok=True)
 
     def _write_json(self, kind: bytes, value: object) -> None:
-        body = kind + _ENCODE(value).encode("utf-8")
-        self._write(_HEADER.pack(len(body), zlib.crc32(body)) + body)
-        if self._size > SEGMENT_BYTES_MAX:
-            self._next_segment()
+        self._write(_json_record(kind, value))
 
     def _write(self, record: bytes | bytearray) -> None:
         try:
+            if self._size > SEGMENT_BYTES_MAX:
+                self._next_segment()
             written = os.write(self._descriptor, record)
         except OSError as error:
             log.exception("journal failed")
             raise unavailable("journal") from error
         self._size += written
         if written != len(record):
-            # The torn record ends this segment for every reader; go on in a new one.
-            self._next_segment()
+            # The torn record ends this segment for every reader: the next record needs a new one.
+            self._size = SEGMENT_BYTES_MAX + 1
+            log.error("journal record cut", written=written, size=len(record))
             raise unavailable("journal")
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    if os.write(descriptor, data) != len(data):
+        raise OSError(errno.ENOSPC, "the head of a segment was cut")
+
+
+def _json_record(kind: bytes, value: object) -> bytes:
+    body = kind + _ENCODE(value).encode("utf-8")
+    return _HEADER.pack(len(body), zlib.crc32(body)) + body
 
 
 def _lock(folder: Path) -> int:

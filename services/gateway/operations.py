@@ -6,10 +6,11 @@ open -> running (readers come and go) -> ended -> kept for the replay window -> 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import structlog
-from maas.inference.v1 import generation_pb2
 
 from libs import ids
 from libs.auth import Principal
@@ -23,15 +24,16 @@ from libs.errors import (
     PermissionDenied,
     Reason,
     ResourceExhausted,
+    Unauthenticated,
     unavailable,
 )
 from libs.rpc import Call
-from services.gateway import frames, metrics
+from services.gateway import metrics
 from services.gateway.admission import Admission, Asked, revoked
 from services.gateway.domain import EndCause
 from services.gateway.reader import Reader
 from services.gateway.replay import Budget
-from services.gateway.requests import Requests
+from services.gateway.requests import READERS_MAX, Requests, crowded
 from services.gateway.running import Books, Generation
 
 log = structlog.get_logger(__name__)
@@ -39,6 +41,8 @@ log = structlog.get_logger(__name__)
 # Ended generations that are remembered, kept or not: at 1000 a second, those of a minute.
 ENDED_MAX = 65_536
 WATCH_MAX_S = 1.0
+
+Whole = TypeVar("Whole")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +100,7 @@ class Generations:
         self._reading: dict[Reader, Generation] = {}
         self._admitting = 0
         self._is_draining = False
+        self._is_stopped = False
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -116,23 +121,31 @@ class Generations:
         def leave(generation: Generation) -> None:
             self._leave_alone(generation, call)
 
-        generation, is_repeat = await self._requests.join(asked, self._admit, leave)
+        try:
+            generation, is_repeat = await self._requests.join(asked, self._admit, leave)
+        except Unauthenticated as error:
+            # Another call's key, unless it was this one's too.
+            self._admission.require_key(asked)
+            raise Aborted("the key that had started the generation was revoked") from error
         if is_repeat:
             metrics.REPLAYS.inc()
-            try:
-                # It was not this key that admission looked at last.
-                self._admission.require_key(asked)
-            except MaasError:
-                leave(generation)
-                raise
+        try:
+            # Admission may have looked at another key, and that was a moment ago.
+            self._admission.require_key(asked)
+        except MaasError:
+            leave(generation)
+            raise
         return generation, is_repeat
 
     async def read(self, generation: Generation, reader: Reader, call: Call) -> None:
         """Serves a reader until it has everything.
 
         Raises:
+            ResourceExhausted: too many calls read it.
             MaasError: the generation failed, or this reader has.
         """
+        if len(generation.readers) >= READERS_MAX:
+            raise crowded()
         generation.attach(reader)
         self._reading[reader] = generation
         try:
@@ -146,9 +159,19 @@ class Generations:
             self._leave_alone(generation, call)
 
     async def read_whole(
-        self, generation: Generation, reader: Reader, call: Call
-    ) -> generation_pb2.Generation:
+        self,
+        generation: Generation,
+        reader: Reader,
+        call: Call,
+        make: Callable[[Generation], Whole],
+    ) -> Whole:
         """Waits for the end; returns the whole result.
+
+        Args:
+            generation: to be read.
+            reader: a unary call's.
+            call: that reads it.
+            make: makes the result; raises ValueError when some of the output is not there any more.
 
         Raises:
             OutOfRange: it has outgrown what is kept of one.
@@ -156,7 +179,7 @@ class Generations:
         """
         try:
             await self.read(generation, reader, call)
-            return frames.result(generation)
+            return make(generation)
         except ValueError as error:
             raise _outgrown(generation) from error
         finally:
@@ -214,34 +237,50 @@ class Generations:
         )
 
     def revoke(self, key_id: str) -> None:
-        """Ends all that a key has started, and all calls that read with it."""
-        api_key = f"apiKeys/{key_id}"
-        for generation in list(self._running.values()):
-            if generation.opening.api_key == api_key:
-                generation.end(revoked(), EndCause.REVOKED)
+        """Ends all calls that read with a key, and all that it has started."""
+        # First the calls: to other keys, which are good, the generation was cancelled.
         for reader in self._reading:
             if reader.key_id == key_id:
                 reader.fail(revoked())
+        api_key = f"apiKeys/{key_id}"
+        for generation_id, generation in list(self._running.items()):
+            if generation.opening.api_key == api_key:
+                generation.end(
+                    Aborted(
+                        "the key that has started the generation was revoked",
+                        metadata={"generationId": generation_id},
+                    ),
+                    EndCause.REVOKED,
+                )
 
     async def watch(self) -> None:
-        """Cuts off clients that do not read and forgets what is over, for ever."""
+        """Cuts off who does not read, looks after what nobody reads, forgets what is over."""
+        loop = asyncio.get_running_loop()
         interval_s = min(
             self._limits.stall_limit_s / 8, self._limits.replay_window_s / 4, WATCH_MAX_S
         )
         while True:
             await self._clock.sleep_s(interval_s)
-            now_s = self._clock.monotonic_s()
-            self._cut_stalled(now_s - self._limits.stall_limit_s)
-            self._forget(now_s)
+            # Readers note the time of the loop, which costs them less than that of a clock.
+            self._cut_stalled(loop.time() - self._limits.stall_limit_s)
+            self._forget(self._clock.monotonic_s())
+            for generation in list(self._running.values()):
+                generation.look_after()
             metrics.REPLAY_BYTES.set(self._budget.used)
 
     async def drain(self) -> None:
-        """Refuses new generations and waits for the running ones."""
+        """Refuses new generations and waits for the running ones; cancelled, it stops them."""
         self._is_draining = True
-        await self._idle.wait()
+        try:
+            await self._idle.wait()
+        except asyncio.CancelledError:
+            # The grace is over. At once, as next the server ends all calls, as if clients had.
+            self.stop()
+            raise
 
     def stop(self) -> None:
         """Ends what the drain has left. Free of charge: the gateway's end is not the client's."""
+        self._is_stopped = True
         for generation in list(self._running.values()):
             generation.end(unavailable("gateway", retry_after_s=1.0), EndCause.GATEWAY_LOST)
 
@@ -280,8 +319,8 @@ class Generations:
         generation.end(Cancelled("the caller went away"), self._cause_of_leaving(call))
 
     def _cause_of_leaving(self, call: Call) -> EndCause:
-        if self._is_draining:
-            # The grace is over and the server ends its calls: not the client's doing.
+        if self._is_stopped:
+            # Admitted too late for `stop`; the server ends its calls: not the client's doing.
             return EndCause.GATEWAY_LOST
         if call.is_overdue(self._clock.monotonic_s()):
             return EndCause.DEADLINE

@@ -64,17 +64,24 @@ class Releaser:
             except Exception:
                 # One generation's defect must not hold up all others.
                 log.exception("release failed", generation_id=generation.opening.generation_id)
-                generation.end(Internal("internal error"), EndCause.GATEWAY_LOST)
+                generation.retract(defect := Internal("internal error"))
+                generation.end(defect, EndCause.GATEWAY_LOST)
         if batch.progress:
-            try:
-                self._journal.progress(batch.progress)
-            except MaasError as error:
-                # Nothing of this batch may be sent: it is not known to be counted.
-                for generation in ready:
-                    generation.end(error, EndCause.GATEWAY_LOST)
-                return
+            self._count(batch, ready)
         for reader, frame in batch.frames:
             if reader.is_idle:
                 reader.write(frame)
         for generation in batch.ended:
-            generation.complete()
+            try:
+                generation.complete()
+            except Exception:
+                log.exception("end failed", generation_id=generation.opening.generation_id)
+                generation.end(Internal("internal error"), EndCause.GATEWAY_LOST)
+
+    def _count(self, batch: Batch, ready: list[Generation]) -> None:
+        try:
+            self._journal.progress(batch.progress)
+        except MaasError as error:
+            # What is not known to be counted may not be sent: their readers have ended with this.
+            for generation in ready:
+                generation.retract(error)

@@ -6,11 +6,25 @@ Never written to disk, never logged: it holds the output.
 
 from __future__ import annotations
 
+import sys
 from array import array
 from dataclasses import dataclass
+from itertools import pairwise
 
-# Of a delta in the log beyond its text: the string, its place in the list, its count.
+from services.gateway.generation import (
+    CHARACTER_BYTES_MAX,
+    FRAME_BYTES_MAX,
+    TOKEN_ID_BYTES_MAX,
+    rows_of_frame,
+)
+
+# Of a delta in the log beyond its characters: the string, its place in the list, its count.
 _DELTA_BYTES = 72
+# A string that is not ASCII has a larger head, and as many bytes a character as its widest needs.
+_WIDE_DELTA_BYTES = 100
+_WIDE = 4
+# Of a log that has no bound of its own.
+UNBOUNDED = sys.maxsize
 # Deltas that one replayed frame may cover.
 MERGED_MAX = 1024
 
@@ -52,6 +66,13 @@ class Replayed:
     tokens_after: int
 
 
+def bytes_of(text: str) -> int:
+    """Returns the most memory that a delta in a log takes, bytes."""
+    if text.isascii():
+        return _DELTA_BYTES + len(text)
+    return _WIDE_DELTA_BYTES + _WIDE * len(text)
+
+
 class ReplayLog:
     """The deltas of one generation, numbered from 0."""
 
@@ -66,6 +87,12 @@ class ReplayLog:
     )
 
     def __init__(self, budget: Budget, bytes_max: int) -> None:
+        """Makes an empty log.
+
+        Args:
+            budget: of all logs.
+            bytes_max: of this one; UNBOUNDED when all of it is going to be needed at once.
+        """
         self._budget = budget
         self._bytes_max = bytes_max
         self._texts: list[str] = []
@@ -84,12 +111,14 @@ class ReplayLog:
         """Keeps a delta. Above its bound the log drops its older half."""
         self._texts.append(text)
         self._tokens.append(output_tokens)
-        self._grow(len(text) + _DELTA_BYTES)
+        size = bytes_of(text)
+        self._bytes += size
+        self._budget.used += size
         if self._bytes > self._bytes_max:
             self._drop(max(1, len(self._texts) // 2))
 
     def read(self, first: int) -> Replayed | None:
-        """Merges deltas from a number on; None when that one is not kept any more.
+        """Merges what fits into a frame, from a number on; None when that is not kept any more.
 
         Args:
             first: below `count`.
@@ -98,11 +127,21 @@ class ReplayLog:
         if start < 0:
             return None
         stop = min(start + MERGED_MAX, len(self._texts))
+        before = self._tokens[start - 1] if start else self._tokens_dropped
+        text = "".join(self._texts[start:stop])
+        most = CHARACTER_BYTES_MAX * len(text)
+        most += TOKEN_ID_BYTES_MAX * (self._tokens[stop - 1] - before)
+        if most > FRAME_BYTES_MAX:
+            counts = [
+                after - earlier for earlier, after in pairwise([before, *self._tokens[start:stop]])
+            ]
+            stop = start + rows_of_frame(self._texts[start:stop], counts)
+            text = "".join(self._texts[start:stop])
         return Replayed(
             first=first,
             last=self._dropped + stop - 1,
-            text="".join(self._texts[start:stop]),
-            tokens_before=self._tokens[start - 1] if start else self._tokens_dropped,
+            text=text,
+            tokens_before=before,
             tokens_after=self._tokens[stop - 1],
         )
 
@@ -124,10 +163,8 @@ class ReplayLog:
         if not count:
             return
         self._tokens_dropped = self._tokens[count - 1]
-        self._grow(-sum(map(len, self._texts[:count])) - count * _DELTA_BYTES)
+        size = sum(map(bytes_of, self._texts[:count]))
+        self._bytes -= size
+        self._budget.used -= size
         del self._texts[:count], self._tokens[:count]
         self._dropped += count
-
-    def _grow(self, size: int) -> None:
-        self._bytes += size
-        self._budget.used += size

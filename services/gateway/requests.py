@@ -12,12 +12,15 @@ from dataclasses import dataclass
 
 import structlog
 
-from libs.errors import Internal, MaasError
+from libs.errors import Internal, MaasError, ResourceExhausted
 from libs.process import Background, Cancel
 from services.gateway.admission import Asked, reused
 from services.gateway.running import Generation
 
 log = structlog.get_logger(__name__)
+
+# Calls that wait for one admission, or read one generation.
+READERS_MAX = 64
 
 Key = tuple[str, str]
 
@@ -66,6 +69,7 @@ class Requests:
 
         Raises:
             InvalidArgument: REQUEST_ID_REUSED.
+            ResourceExhausted: too many calls wait for it.
             MaasError: the request is refused.
         """
         key = (asked.project, asked.request_id)
@@ -79,6 +83,8 @@ class Requests:
             entry.stop = self._background.start(self._admit(key, entry, asked, admit), name="admit")
         elif entry.sha256 != asked.sha256():
             raise reused(asked.request_id)
+        if entry.waiting >= READERS_MAX:
+            raise crowded()
         entry.waiting += 1
         try:
             return await asyncio.shield(entry.generation), is_repeat
@@ -136,6 +142,11 @@ class Requests:
             # At once: whoever comes now must not join what is about to end.
             self._drop(key, entry)
             entry.stop()
+
+
+def crowded() -> ResourceExhausted:
+    """Makes the error for one call too many that wants to read a generation."""
+    return ResourceExhausted("too many calls read the generation", retry_after_s=1.0)
 
 
 def _result_of(entry: _Entry) -> Generation | None:

@@ -157,6 +157,8 @@ class Generation:
         self._end: generation_pb2.OutputEnd | None = None
         self._is_complete = False
         self._is_ready = False
+        # Output tokens that were released, counted and journaled before this turn.
+        self._counted = 0
         self._moves = 0
         self._stop_moving: Cancel | None = None
         # Journaled before the first frame; from here on the client owes the prompt.
@@ -211,7 +213,8 @@ class Generation:
     def release_into(self, batch: Batch) -> None:
         """Releases what readers can take now."""
         self._is_ready = False
-        if self._sink.failure is not None and self.cause is None:
+        self._counted = self.output_tokens
+        if self._sink.failure is not None and self.cause is None and not self._has_unread():
             self._lose(self._sink.failure)
         takers = 0
         self._sink.on_output = None
@@ -225,10 +228,8 @@ class Generation:
                     batch.frames.append((reader, frame))
                 elif not reader.is_collecting:
                     self._sink.on_output = self.ready
-        if not takers and self.cause is None and self._sink.is_over:
-            # Nobody reads now: all of it is kept for whoever comes, and counted with that.
-            while self._end is None and self.cause is None:
-                self._release(batch)
+        if not takers and self.cause is None and (self._sink.is_over or self.terms.lives_on):
+            self._release_unread(batch)
         if self._is_complete or self.failure is not None:
             self._dismiss()
 
@@ -252,12 +253,35 @@ class Generation:
         for reader in self.readers:
             reader.fail(error)
 
+    def retract(self, error: MaasError) -> None:
+        """Ends it if it has released in this turn what could not be counted: nobody gets that."""
+        if self.output_tokens == self._counted:
+            return
+        if self.log is not None:
+            self.log.clear()
+        if self.cause is None:
+            self.output_tokens = self._counted
+            self.end(error, EndCause.GATEWAY_LOST)
+
+    def look_after(self) -> None:
+        """Sees to output that nobody takes now. Called once a while, and not for each token."""
+        if self.cause is not None:
+            return
+        waiting = len(self._sink.token_ids)
+        if self.output_tokens + waiting > self.terms.max_output_tokens:
+            self._overrun()
+        elif waiting and self.terms.lives_on:
+            self.ready()
+
     def finish(self, cause: EndCause) -> None:
         """Ends the execution, the hold and the record. Repeating changes nothing."""
         if self.cause is not None:
             return
-        self.cause = cause
         books = self._books
+        owed = self.charge if cause.is_charged else 0
+        # First, as it asserts what is held: then another end, free of charge, is still possible.
+        books.slices.owe(self._hold, owed)
+        self.cause = cause
         self.ended_s = books.clock.monotonic_s()
         self._sink.on_event = None
         self._sink.on_output = None
@@ -266,8 +290,6 @@ class Generation:
             self._stop_moving()
         self._attempts = None
         closing = Closing(output_tokens=self.output_tokens, cause=cause, end_time=books.clock.now())
-        owed = self.charge if cause.is_charged else 0
-        books.slices.owe(self._hold, owed)
         try:
             books.journal.closed(self._ordinal, closing)
         except MaasError:
@@ -317,8 +339,7 @@ class Generation:
         token_ids = chunk.token_ids
         count = self.output_tokens + len(token_ids)
         if count > self.terms.max_output_tokens:
-            log.error("worker exceeds max_output_tokens", worker=self._placed.link.worker)
-            self.end(engine_failure(self._placed.link.worker), EndCause.ENGINE_FAILURE)
+            self._overrun()
             return None
         if token_ids:
             batch.progress.append((self._ordinal, count))
@@ -340,6 +361,26 @@ class Generation:
             output_tokens=count,
         )
 
+    def _has_unread(self) -> bool:
+        return (
+            self.terms.lives_on
+            and self._sink.has_output
+            and not any(reader.takes for reader in self.readers)
+        )
+
+    def _release_unread(self, batch: Batch) -> None:
+        """Counts what nobody takes now and keeps it for whoever comes."""
+        while self._sink.has_output and self._end is None and self.cause is None:
+            self._release(batch)
+        if self._sink.failure is not None:
+            # It ends behind what has just been released, once that is journaled.
+            self.ready()
+
+    def _overrun(self) -> None:
+        worker = self._placed.link.worker
+        log.error("worker exceeds max_output_tokens", worker=worker)
+        self.end(engine_failure(worker), EndCause.ENGINE_FAILURE)
+
     def _replay(self, reader: Reader) -> Frame | None:
         """Makes the frame behind a reader's last one, of what was released before."""
         cursor = reader.cursor
@@ -350,12 +391,7 @@ class Generation:
         # Delta n of the log is frame n + 2: frame 1 is `started`.
         replayed = self.log.read(cursor - 1) if self.log is not None else None
         if replayed is None:
-            reader.fail(
-                OutOfRange(
-                    "the frames are not kept any more",
-                    metadata={"generationId": self.opening.generation_id},
-                )
-            )
+            reader.fail(self.failure if self.failure is not None else self._not_kept())
             return None
         last = replayed.last + 2
         is_last = self._end is not None and last == self.sequence - int(self._is_complete)
@@ -367,6 +403,12 @@ class Generation:
             token_ids=ids if self.terms.with_ids else (),
             end=self._end if is_last else None,
             output_tokens=replayed.tokens_after,
+        )
+
+    def _not_kept(self) -> OutOfRange:
+        return OutOfRange(
+            "the frames are not kept any more",
+            metadata={"generationId": self.opening.generation_id},
         )
 
     def _dismiss(self) -> None:
@@ -393,6 +435,15 @@ class Generation:
         )
 
     async def _move(self, lost: str, error: MaasError) -> None:
+        """Goes on with another worker. A defect ends this generation and not the process."""
+        try:
+            await self._go_on(lost, error)
+        except Exception:
+            log.exception("move failed", generation_id=self.opening.generation_id)
+            self._stop_moving = None
+            self.end(Internal("internal error"), EndCause.GATEWAY_LOST)
+
+    async def _go_on(self, lost: str, error: MaasError) -> None:
         """Goes on with another worker, behind all tokens that came from the lost one."""
         assert self._attempts is not None
         books = self._books

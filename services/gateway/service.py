@@ -8,7 +8,7 @@ from maas.inference.v1 import generation_pb2, generation_service_pb2
 
 from libs.errors import FieldRule, invalid_field
 from libs.rpc import Call, current_call
-from services.gateway import convert
+from services.gateway import convert, frames
 from services.gateway.admission import Asked
 from services.gateway.operations import Generations
 from services.gateway.reader import Reader
@@ -63,7 +63,7 @@ class GenerationService:
         asked = _asked(request.spec, request.request_id, request.on_disconnect, call)
         generation, _ = await self._generations.open(asked, call)
         result = await self._generations.read_whole(
-            generation, Reader(asked.principal.key_id), call
+            generation, Reader(asked.principal.key_id), call, frames.result
         )
         return generation_service_pb2.GenerateResponse(generation=result)
 

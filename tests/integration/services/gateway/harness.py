@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING
 
 from maas.engine.v1 import engine_pb2, engine_service_pb2
 from maas.inference.v1 import generation_pb2, generation_service_pb2
+from typing_extensions import override
 
 from libs.auth import KeyTable, sha256_of
-from libs.clock import SystemClock
+from libs.clock import Clock, SystemClock
 from libs.config import ServerSection
 from libs.process import Background
 from libs.rpc import Server
 from libs.rpc.identity import Identity
+from libs.testing import eventually
 from services.gateway.admission import Admission, Rules
 from services.gateway.generation import Chunk, Sink
 from services.gateway.journal import Journal
@@ -89,6 +91,28 @@ class ScriptedWorker:
 
     GetEngineInfo = Abort
     GetLoad = Abort
+
+
+class CountingClock(SystemClock):
+    """Real time, and how often somebody has waited for it.
+
+    Attributes:
+        sleeps: begun so far.
+    """
+
+    def __init__(self) -> None:
+        self.sleeps = 0
+
+    @override
+    async def sleep_s(self, seconds: float) -> None:
+        """Sleeps, and counts that."""
+        self.sleeps += 1
+        await super().sleep_s(seconds)
+
+    async def rounds(self, count: int) -> None:
+        """Waits until that many sleeps have begun from now on."""
+        until = self.sleeps + count
+        await eventually(lambda: self.sleeps >= until)
 
 
 async def taken(sink: Sink) -> Chunk:
@@ -186,7 +210,7 @@ class World:
     Attributes:
         endpoint: of the gateway.
         client: of ALICE.
-        background: tasks of the gateway.
+        failures: of the gateway's own tasks; each would stop a real process.
     """
 
     workers: list[Worker]
@@ -200,6 +224,7 @@ class World:
     keys: KeyTable
     endpoint: str
     client: Client
+    failures: list[BaseException]
 
     def dial(self, caller: Caller = ALICE) -> Client:
         """Makes a client with a connection of its own."""
@@ -248,14 +273,16 @@ async def gateway(
     replay_total_bytes_max: int = 64 * 1024 * 1024,
     move_wait_s: float = 1.0,
     make_journal: Callable[[Path], Journal] = Journal,
+    clock: Clock | None = None,
 ) -> AsyncIterator[World]:
     """Serves a gateway and its workers on loopback ports."""
-    clock = SystemClock()
+    clock = clock or SystemClock()
     billing, scheduler = Billing(available), Scheduler()
     offerings, prices = tables()
     table = WorkerTable()
     async with AsyncExitStack() as stack:
-        background = await stack.enter_async_context(Background())
+        failures: list[BaseException] = []
+        background = await stack.enter_async_context(Background(failures.append))
         links = LinkPool(TOKEN, background)
         workers = [Worker() for _ in range(worker_count)]
         for number, worker in enumerate(workers):
@@ -344,4 +371,5 @@ async def gateway(
             keys=keys,
             endpoint=endpoint,
             client=await stack.enter_async_context(Client(endpoint)),
+            failures=failures,
         )

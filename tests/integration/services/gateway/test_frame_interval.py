@@ -15,6 +15,11 @@ from tests.integration.services.gateway.client import Reading, Wish
 from tests.integration.services.gateway.harness import World, gateway
 
 INTERVAL_S = 0.1
+# Together more than any window takes while nobody reads.
+WORDS = 900
+WORD = "x" * 20_000
+# What the contract allows for one frame.
+FRAME_MAX = 256 * 1024
 
 
 def now_s() -> float:
@@ -142,8 +147,8 @@ async def test_tokens_are_packed_while_the_client_does_not_take_them(tmp_path: P
         execution = await world.accepted()
         await stream.until(0)
         # The first ones fill the window; those behind them wait.
-        for number in range(300):
-            world.workers[0].say(execution.lane, "x" * 100_000, first=number)
+        for number in range(WORDS):
+            world.workers[0].say(execution.lane, WORD, first=number)
         world.workers[0].end(execution.lane)
         (generation,) = world.generations._running.values()
         await eventually(lambda: generation._sink.is_over)
@@ -153,6 +158,7 @@ async def test_tokens_are_packed_while_the_client_does_not_take_them(tmp_path: P
         counts = [frame.output_tokens for frame in stream.frames]
         largest = max(after - before for before, after in itertools.pairwise(counts))
         assert largest > 10
-        assert len(stream.text) == 300 * 100_000
+        assert max(frame.ByteSize() for frame in stream.frames) <= FRAME_MAX
+        assert stream.text == WORD * WORDS
         assert stream.sequences == list(range(1, len(stream.frames) + 1))
-        assert stream.last.finished.usage.output_tokens == 300
+        assert stream.last.finished.usage.output_tokens == WORDS

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from libs.errors import FailedPrecondition, Internal, OutOfRange, Reason
+from libs.testing import eventually
 from services.gateway import placement
 from services.gateway.domain import EndCause
-from tests.integration.services.gateway.client import Wish, answer, refusal
-from tests.integration.services.gateway.harness import gateway
+from tests.integration.services.gateway.client import CONTINUE, Wish, answer, refusal
+from tests.integration.services.gateway.harness import CountingClock, World, gateway
 from tests.integration.services.gateway.neighbours import NANOS_PER_TOKEN
 
 
@@ -72,20 +73,82 @@ async def test_nothing_is_kept_of_unary_calls_that_nobody_can_come_back_for(
         assert world.budget.used == 0
 
 
-async def test_a_unary_result_that_outgrew_what_is_kept_is_refused_as_such(
-    tmp_path: Path,
-) -> None:
-    async with gateway(tmp_path, replay_bytes_max=1000) as world:
-        call = world.client.unary()
-        execution = await world.accepted()
+async def test_a_unary_result_is_whole_however_little_is_kept_of_streams(tmp_path: Path) -> None:
+    """It is charged, so it has to be there: also when somebody reads along and it is late."""
+    async with gateway(tmp_path, replay_bytes_max=300) as world:
         (worker,) = world.workers
-        worker.say(execution.lane, "x" * 2000)
+        wish = Wish(request_id="r-1", on_disconnect=CONTINUE)
+        first = world.client.unary(wish)
+        execution = await world.accepted()
+        (generation_id,) = await started(world)
+        first.cancel()
+        reading = world.client.resume(generation_id)
+        for number in range(10):
+            worker.say(execution.lane, "x" * 100, first=number)
+            await reading.until(number + 1)
         worker.end(execution.lane)
+        await reading.rest()
 
-        error = await refusal(call)
+        again = await answer(world.client.unary(wish))
+
+        assert again.outputs[0].text == "x" * 1000
+        assert again.charge.nanos == (await world.only_settlement()).owed == 13 * NANOS_PER_TOKEN
+
+
+async def started(world: World) -> list[str]:
+    """Waits for a generation; returns the ids of all."""
+    await eventually(lambda: bool(world.generations._running))
+    return list(world.generations._running)
+
+
+async def test_a_stream_that_has_outgrown_its_log_has_no_whole_result(tmp_path: Path) -> None:
+    async with gateway(tmp_path, replay_bytes_max=300) as world:
+        (worker,) = world.workers
+        stream = world.client.stream(Wish(request_id="r-1"))
+        execution = await world.accepted()
+        for number in range(10):
+            worker.say(execution.lane, "x" * 100, first=number)
+            await stream.until(number + 1)
+        worker.end(execution.lane)
+        await stream.rest()
+
+        error = await refusal(world.client.unary(Wish(request_id="r-1")))
 
         assert isinstance(error, OutOfRange)
         assert error.reason is Reason.REPLAY_EXPIRED
+
+
+async def test_a_unary_call_that_is_cancelled_pays_for_its_input_only(tmp_path: Path) -> None:
+    """Nothing of it was released, however long it had run."""
+    clock = CountingClock()
+    async with gateway(tmp_path, replay_window_s=0.02, clock=clock) as world:
+        call = world.client.unary()
+        execution = await world.accepted()
+        world.workers[0].say(execution.lane, "a", "b")
+        await started(world)
+        (generation,) = world.generations._running.values()
+        await eventually(lambda: len(generation._sink.token_ids) == 2)
+        await clock.rounds(3)
+
+        call.cancel()
+
+        assert (await world.only_settlement()).owed == 3 * NANOS_PER_TOKEN
+
+
+@pytest.mark.parametrize("request_id", ["", "r-1"])
+async def test_a_worker_that_says_too_much_is_cut_while_nobody_takes_it(
+    tmp_path: Path, request_id: str
+) -> None:
+    async with gateway(tmp_path, replay_window_s=0.1) as world:
+        call = world.client.unary(Wish(most=2, request_id=request_id))
+        execution = await world.accepted()
+        world.workers[0].say(execution.lane, "a", "b", "c")
+
+        error = await refusal(call)
+
+        assert error.reason is Reason.ENGINE_FAILURE
+        assert await world.workers[0].next_abort() == execution.lane
+        assert (await world.only_settlement()).owed == 0
 
 
 async def test_nothing_is_sent_before_a_worker_accepts(tmp_path: Path) -> None:

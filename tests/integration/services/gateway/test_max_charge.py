@@ -124,3 +124,4 @@ async def test_the_wrong_currency_is_named(tmp_path: Path) -> None:
 
         assert error.reason is Reason.CURRENCY_MISMATCH
         assert error.metadata == {"left": "EUR", "right": "USD"}
+        assert [item.field for item in error.violations] == ["spec.max_charge.currency_code"]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from maas.engine.v1 import engine_pb2
+from typing_extensions import override
 
-from libs.errors import Reason
+from libs.errors import Internal, Reason
 from libs.testing import eventually
 from services.gateway.domain import EndCause
+from services.gateway.placement import Target
 from services.gateway.running import MOVES_MAX
 from tests.integration.services.gateway.client import CONTINUE, Reading, Wish, answer
 from tests.integration.services.gateway.harness import Worker, World, gateway
@@ -311,3 +313,33 @@ async def say_the_rest(world: World, worker: Worker) -> None:
     after = await world.accepted(worker)
     worker.say(after.lane, "c", first=2)
     worker.end(after.lane)
+
+
+class Torn(list[Target]):
+    """Workers with a defect."""
+
+    @override
+    def __iter__(self) -> Iterator[Target]:
+        """Fails."""
+        raise RuntimeError("a defect")
+
+
+async def test_a_defect_while_it_moves_ends_that_generation_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    async with gateway(tmp_path, worker_count=2) as world:
+        stream, _ = await begun(world)
+        working, world.scheduler.targets = world.scheduler.targets, Torn()
+
+        world.workers[0].break_stream()
+        error = await stream.failure()
+
+        assert isinstance(error, Internal)
+        assert error.reason is Reason.INTERNAL
+        settled = await world.only_settlement()
+        assert (settled.closing.cause, settled.owed) == (EndCause.GATEWAY_LOST, 0)
+        assert world.failures == []
+        world.scheduler.targets = working[1:]
+        other = world.client.stream()
+        world.workers[1].end((await world.accepted(world.workers[1])).lane)
+        assert (await other.rest()).last.HasField("finished")

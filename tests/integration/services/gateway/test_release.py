@@ -7,6 +7,8 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 
+from maas.engine.v1 import engine_pb2
+from maas.inference.v1.generation_service_pb2 import StreamGenerateResponse
 from typing_extensions import override
 
 from libs.auth import Principal, Role
@@ -14,9 +16,10 @@ from libs.errors import Reason
 from libs.testing import eventually
 from services.gateway.domain import EndCause
 from services.gateway.journal import Journal
+from services.gateway.reader import Reader
 from services.gateway.replay import Budget, ReplayLog
-from tests.integration.services.gateway.client import Reading, Wish, answer, refusal
-from tests.integration.services.gateway.harness import World, gateway
+from tests.integration.services.gateway.client import CONTINUE, Reading, Wish, answer, refusal
+from tests.integration.services.gateway.harness import END, World, gateway
 from tests.integration.services.gateway.neighbours import ALICE, NANOS_PER_TOKEN
 
 LATER = datetime(2027, 1, 1, tzinfo=UTC)
@@ -115,6 +118,83 @@ async def test_what_cannot_be_counted_is_not_sent_and_not_charged(tmp_path: Path
         ] * 3
         aborted = {await world.workers[0].next_abort() for _ in lanes}
         assert aborted == set(lanes)
+
+
+async def test_what_cannot_be_counted_is_not_replayed_either(tmp_path: Path) -> None:
+    """And the record counts what was sent."""
+    async with gateway(tmp_path) as world:
+        (stream,), (lane,) = await begun(world, 1, Wish(request_id="r-1"))
+        world.workers[0].say(lane, "a")
+        await stream.until(1)
+        working = fill_disk(world.journal)
+
+        world.workers[0].say(lane, "b", "c", first=1)
+        first = await stream.failure()
+        again = world.client.resume(stream.generation_id, after=2)
+        second = await again.failure()
+        free_disk(world.journal, working)
+
+        assert (stream.text, again.frames) == ("a", [])
+        for error in (first, second):
+            assert error.metadata == {"dependency": "journal"}
+        settled = await world.only_settlement()
+        assert (settled.closing.output_tokens, settled.owed) == (1, 0)
+        assert world.budget.used == 0
+
+
+async def test_without_a_journal_replays_go_on(tmp_path: Path) -> None:
+    """Also beside output of the same turn that cannot be counted."""
+    async with gateway(tmp_path) as world:
+        streams, lanes = await begun(world, 2, Wish(on_disconnect=CONTINUE))
+        ended, running = world.generations._running.values()
+        world.workers[0].say(lanes[0], "a")
+        world.workers[0].end(lanes[0])
+        await streams[0].rest()
+        working = fill_disk(world.journal)
+        got: list[bytes] = []
+
+        async def write(response: bytes) -> None:
+            got.append(response)
+
+        reader = Reader(ALICE.key_id, write=write)
+        ended.attach(reader)
+        running._sink.push("b", [1])
+        async with asyncio.timeout(5):
+            await reader.done
+        ended.detach(reader)
+
+        assert (await streams[1].failure()).metadata == {"dependency": "journal"}
+        free_disk(world.journal, working)
+        frames = [StreamGenerateResponse.FromString(response).frame for response in got]
+        assert [frame.output_tokens for frame in frames] == [0, 1, 1]
+        assert frames[-1].HasField("finished")
+
+
+async def test_a_defect_at_one_end_leaves_the_other_ends_of_the_turn_alone(
+    tmp_path: Path,
+) -> None:
+    async with gateway(tmp_path) as world:
+        streams, lanes = await begun(world, 3)
+        (_, bad, _) = world.generations._running.values()
+        # As if more were owed than is held: the book of slices asserts that it is not.
+        world.book.shrink(bad._hold, 0)
+        world.workers[0].step(lanes, ["a", "b", "c"])
+        for stream in streams:
+            await stream.until(1)
+
+        world.workers[0].responses.put_nowait(
+            engine_pb2.StepEvents(ended=[engine_pb2.Ended(lane=lane, end=END) for lane in lanes])
+        )
+        error = await streams[1].failure()
+        for stream in (streams[0], streams[2]):
+            assert (await stream.rest()).last.HasField("finished")
+
+        assert error.reason is Reason.INTERNAL
+        settled = {item.opening.generation_id: item for item in await world.settlements(3)}
+        ours = settled.pop(streams[1].generation_id)
+        assert (ours.closing.cause, ours.owed) == (EndCause.GATEWAY_LOST, 0)
+        assert {item.owed for item in settled.values()} == {(3 + 1) * NANOS_PER_TOKEN}
+        assert not world.generations._running
 
 
 async def test_without_a_journal_nothing_is_started(tmp_path: Path) -> None:

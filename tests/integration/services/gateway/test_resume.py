@@ -14,10 +14,12 @@ from libs.errors import (
     OutOfRange,
     PermissionDenied,
     Reason,
+    ResourceExhausted,
     Unavailable,
 )
 from libs.testing import eventually
 from services.gateway.domain import EndCause
+from services.gateway.requests import READERS_MAX
 from tests.integration.services.gateway.client import CONTINUE, Reading, Wish
 from tests.integration.services.gateway.harness import World, gateway
 from tests.integration.services.gateway.neighbours import BOB, EVE, NANOS_PER_TOKEN
@@ -274,3 +276,45 @@ async def test_a_failed_generation_gives_everybody_its_own_error(tmp_path: Path)
         errors = [await stream.failure(), await other.failure()]
 
         assert [type(error) for error in errors] == [Unavailable, Unavailable]
+
+
+async def test_readers_of_one_generation_are_bounded(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as world, world.dial() as client:
+        stream = await begun(world)
+        others = [client.resume(stream.generation_id) for _ in range(READERS_MAX - 1)]
+        for other in others:
+            await other.until(1)
+
+        errors = [
+            await world.client.resume(stream.generation_id).failure(),
+            await world.client.stream(KEYED).failure(),
+        ]
+        others[0].call.cancel()
+        await eventually(lambda: len(world.generations._reading) == READERS_MAX - 1)
+        late = await world.client.resume(stream.generation_id).until(1)
+        world.workers[0].end(1)
+        ends = [(await reader.rest()).last for reader in (stream, *others[1:], late)]
+
+        for error in errors:
+            assert isinstance(error, ResourceExhausted)
+            assert error.reason is Reason.QUEUE_FULL
+            assert error.retry_after_s is not None
+        assert all(end.HasField("finished") for end in ends)
+        assert (await world.only_settlement()).closing.cause is EndCause.COMPLETED
+
+
+async def test_calls_that_wait_for_one_admission_are_bounded(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as world, world.dial() as client:
+        calls = [client.stream(KEYED) for _ in range(READERS_MAX)]
+        entries = world.generations._requests._by_key
+        await eventually(lambda: [entry.waiting for entry in entries.values()] == [READERS_MAX])
+
+        error = await world.client.stream(KEYED).failure()
+        execution = await world.accepted()
+        world.workers[0].end(execution.lane)
+        for call in calls:
+            await call.rest()
+
+        assert error.reason is Reason.QUEUE_FULL
+        assert all(call.last.HasField("finished") for call in calls)
+        await world.only_settlement()

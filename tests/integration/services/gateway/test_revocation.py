@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from libs.errors import Reason, Unauthenticated
+from libs.errors import Aborted, Reason, Unauthenticated
 from libs.testing import eventually
 from services.gateway.domain import EndCause
 from tests.integration.services.gateway.client import CONTINUE, Client, Reading, Wish, refusal
@@ -32,6 +32,13 @@ def assert_revoked(error: Exception) -> None:
     """Sees that a call was ended because of its key."""
     assert isinstance(error, Unauthenticated)
     assert error.reason is Reason.CREDENTIALS_REVOKED
+
+
+def assert_cancelled(error: Exception, generation_id: str) -> None:
+    """Sees that a call was ended because its generation was."""
+    assert isinstance(error, Aborted)
+    assert error.reason is Reason.GENERATION_CANCELLED
+    assert error.metadata == {"generationId": generation_id}
 
 
 async def test_running_calls_of_the_key_end_and_pay_what_was_sent(tmp_path: Path) -> None:
@@ -79,9 +86,48 @@ async def test_a_detached_generation_ends_with_its_key(tmp_path: Path) -> None:
 
         assert await world.workers[0].next_abort() == lane
         assert (await world.only_settlement()).closing.cause is EndCause.REVOKED
-        assert (await bob.resume(stream.generation_id).failure()).reason is (
-            Reason.CREDENTIALS_REVOKED
-        )
+        assert_cancelled(await bob.resume(stream.generation_id).failure(), stream.generation_id)
+
+
+async def test_to_good_keys_that_read_along_the_generation_is_cancelled(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as world, world.dial(BOB) as bob:
+        stream, _ = await begun(world, world.client, KEYED)
+        resumed = await bob.resume(stream.generation_id).until(1)
+        joined = await bob.stream(KEYED).until(1)
+        whole = bob.unary(KEYED)
+        await eventually(lambda: len(world.generations._reading) == 4)
+
+        revoke(world.keys, ALICE)
+
+        assert_revoked(await stream.failure())
+        for error in (await resumed.failure(), await joined.failure(), await refusal(whole)):
+            assert_cancelled(error, stream.generation_id)
+        assert (await world.only_settlement()).closing.cause is EndCause.REVOKED
+
+
+async def test_a_good_key_that_waits_for_the_admission_of_a_revoked_one_is_told_so(
+    tmp_path: Path,
+) -> None:
+    async with gateway(tmp_path) as world, world.dial(BOB) as bob:
+        (worker,) = world.workers
+        first = world.client.stream(KEYED)
+        execution = await worker.next_start()
+        second = bob.stream(KEYED)
+        entries = world.generations._requests._by_key
+        await eventually(lambda: [entry.waiting for entry in entries.values()] == [2])
+
+        revoke(world.keys, ALICE)
+        worker.accept(execution.lane)
+
+        assert_revoked(await first.failure())
+        error = await second.failure()
+        assert isinstance(error, Aborted)
+        assert error.reason is Reason.GENERATION_CANCELLED
+        await world.no_settlement()
+        # The key of the request is free again.
+        again = bob.stream(KEYED)
+        world.workers[0].end((await world.accepted()).lane)
+        assert (await again.rest()).last.HasField("finished")
 
 
 async def test_who_reads_along_with_a_revoked_key_is_cut_and_the_generation_lives(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from typing_extensions import override
+
 from libs.auth import Principal, Role
 from libs.errors import Reason
 from libs.testing import eventually
 from services.gateway.domain import EndCause
 from tests.integration.services.gateway.client import CONTINUE, Reading, Wish
-from tests.integration.services.gateway.harness import World, gateway
+from tests.integration.services.gateway.harness import CountingClock, World, gateway
 from tests.integration.services.gateway.neighbours import ALICE, NANOS_PER_TOKEN
 
 # Together more than any window takes while nobody reads.
@@ -124,3 +126,25 @@ async def test_a_generation_is_cancelled_from_elsewhere_while_nobody_reads(
         assert error.reason is Reason.GENERATION_CANCELLED
         settled = await world.only_settlement()
         assert settled.closing.cause is EndCause.CLIENT_CANCELLED
+
+
+class OtherZero(CountingClock):
+    """A clock that counts from another moment than the event loop does."""
+
+    @override
+    def monotonic_s(self) -> float:
+        """Seconds, a thousand more than the loop's."""
+        return super().monotonic_s() + 1000
+
+
+async def test_how_long_a_client_stalls_is_measured_with_one_clock(tmp_path: Path) -> None:
+    clock = OtherZero()
+    async with gateway(tmp_path, replay_window_s=0.02, clock=clock) as world:
+        stream, _ = await flooded(world, Wish(most=1000))
+        (reader,) = world.generations._reading
+        await eventually(lambda: reader.writing_since_s is not None)
+
+        await clock.rounds(3)
+
+        assert not reader.done.done()
+        stream.call.cancel()

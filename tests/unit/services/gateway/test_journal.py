@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -41,6 +44,17 @@ def abandon(journal: Journal) -> None:
     """Ends a journal as SIGKILL would: descriptors go, files stay."""
     os.close(journal._descriptor)
     os.close(journal._lock)
+
+
+@contextmanager
+def limited(kind: int, most: int) -> Iterator[None]:
+    """Has the system itself refuse this process what is above a limit of setrlimit(2)."""
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
 
 
 def test_a_running_generation_is_recovered_at_its_last_count(tmp_path: Path) -> None:
@@ -275,3 +289,98 @@ def test_a_segment_stays_while_the_generation_that_filled_it_is_open(
     recovered = Journal(tmp_path).recover(LATER)
 
     assert [found.generation_id for found, _ in recovered.settlements] == ["gen_g1_0"]
+
+
+def test_counts_alone_go_on_in_a_new_segment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "SEGMENT_BYTES_MAX", 500)
+    process = Journal(tmp_path)
+    ordinal = process.opened(opening(0))
+    for number in range(1, 201):
+        process.progress([(ordinal, number)])
+    abandon(process)
+
+    sizes = [path.stat().st_size for path in tmp_path.glob("*.journal")]
+    assert len(sizes) > 200 * 17 // 600
+    assert max(sizes) <= 500 + 17
+    ((_, closed),) = Journal(tmp_path).recover(LATER).settlements
+    assert closed.output_tokens == 200
+
+
+def test_without_a_new_segment_the_old_one_stays_and_nothing_is_said_to_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A closed number would soon be that of a client's socket."""
+    process = Journal(tmp_path)
+    process.slice_wanted("s1")
+    ordinal = process.opened(opening(0))
+    process.progress([(ordinal, 1)])
+    before = process._descriptor
+    with monkeypatch.context() as small, limited(resource.RLIMIT_NOFILE, 0):
+        small.setattr(journal_module, "SEGMENT_BYTES_MAX", 10)
+        for _ in range(2):
+            with pytest.raises(Unavailable) as caught:
+                process.progress([(ordinal, 2)])
+            assert caught.value.metadata == {"dependency": "journal"}
+            with pytest.raises(Unavailable):
+                process.opened(opening(1))
+    assert process._descriptor == before
+    assert os.fstat(before).st_size == process._size
+    process.progress([(ordinal, 3)])
+    abandon(process)
+
+    recovered = Journal(tmp_path).recover(LATER)
+
+    assert [(found, end.output_tokens) for found, end in recovered.settlements] == [(opening(0), 3)]
+    assert recovered.slice_ids == ["s1"]
+
+
+# More than a log that a test writes meanwhile, which has the same limit.
+CUT_BYTES = 512 * 1024
+
+
+def test_a_segment_whose_head_is_cut_is_not_begun(tmp_path: Path) -> None:
+    """It would not name all slices, and the older segments that do may go."""
+    process = Journal(tmp_path)
+    slice_ids = [f"{number:0200d}" for number in range(CUT_BYTES // 200)]
+    for slice_id in slice_ids:
+        process.slice_wanted(slice_id)
+    process._size = journal_module.SEGMENT_BYTES_MAX + 1
+    with limited(resource.RLIMIT_FSIZE, CUT_BYTES), pytest.raises(Unavailable):
+        process.slice_wanted("one more")
+    assert len(list(tmp_path.glob("*.journal"))) == 1
+
+    process.slice_wanted("another")
+    process._path(1).unlink()
+    abandon(process)
+
+    assert Journal(tmp_path).recover(LATER).slice_ids == [*slice_ids, "another"]
+
+
+def test_nothing_is_written_behind_a_record_that_was_cut(tmp_path: Path) -> None:
+    process = Journal(tmp_path)
+    ordinal = process.opened(opening(0))
+    with limited(resource.RLIMIT_FSIZE, CUT_BYTES), pytest.raises(Unavailable):
+        process.progress([(number, 1) for number in range(2, CUT_BYTES // 17 + 9)])
+    with limited(resource.RLIMIT_NOFILE, 0), pytest.raises(Unavailable):
+        process.progress([(ordinal, 4)])
+
+    process.progress([(ordinal, 5)])
+    abandon(process)
+
+    ((_, closed),) = Journal(tmp_path).recover(LATER).settlements
+    assert closed.output_tokens == 5
+
+
+def test_a_slice_that_could_not_be_noted_is_not_named_again(tmp_path: Path) -> None:
+    """It is not asked for, and each further attempt would add another one for ever."""
+    process = Journal(tmp_path)
+    with limited(resource.RLIMIT_NOFILE, 0):
+        process._size = journal_module.SEGMENT_BYTES_MAX + 1
+        with pytest.raises(Unavailable):
+            process.slice_wanted("s1")
+    process.slice_wanted("s2")
+    abandon(process)
+
+    assert Journal(tmp_path).recover(LATER).slice_ids == ["s2"]

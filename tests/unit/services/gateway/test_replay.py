@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from array import array
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.replay import MERGED_MAX, Budget, ReplayLog
+from services.gateway import frames
+from services.gateway.replay import MERGED_MAX, UNBOUNDED, Budget, ReplayLog
 
+# What the contract allows for one frame.
+FRAME_MAX = 256 * 1024
 deltas = st.lists(st.tuples(st.text(max_size=5), st.integers(0, 3)), max_size=60)
 
 
@@ -87,3 +93,63 @@ def test_the_whole_text_is_refused_once_some_of_it_is_gone() -> None:
 
     with pytest.raises(ValueError, match="outgrown"):
         log.text()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "x" * 200, "\u00e9" * 200, "\u732b" * 200, "\U0001f431" * 200]
+)
+def test_what_is_counted_is_never_less_than_what_it_takes(text: str) -> None:
+    budget = Budget(10**9)
+    filled(budget, 10**9, [(text, 1)] * 1000)
+
+    # The string itself, its place in the list, and its count.
+    takes = sys.getsizeof(text) + 8 + array("Q").itemsize
+    assert 1000 * takes <= budget.used <= 1000 * (4 * len(text) + 100)
+
+
+def test_a_log_without_a_bound_of_its_own_keeps_all_and_counts_it() -> None:
+    budget = Budget(1000)
+    log = filled(budget, UNBOUNDED, [("x" * 1000, 1)] * 10)
+
+    assert log.text() == "x" * 10_000
+    assert budget.is_exceeded
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "deltas_a_frame"),
+    [("x" * 60_000, 1, 4), ("\u732b" * 20_000, 1, 4), ("x", 12_000, 4)],
+)
+def test_a_replayed_frame_is_as_large_as_the_contract_allows(
+    text: str, tokens: int, deltas_a_frame: int
+) -> None:
+    log = filled(Budget(10**9), 10**9, [(text, tokens)] * 10)
+    first = 0
+    sizes = []
+    while first < 10:
+        read = log.read(first)
+        assert read is not None
+        frame = frames.delta(
+            sequence=read.last + 2,
+            first_sequence=read.first + 2,
+            text=read.text,
+            token_ids=[2**32 - 1] * (read.tokens_after - read.tokens_before),
+            end=None,
+            output_tokens=read.tokens_after,
+        )
+        assert len(frame.response) <= FRAME_MAX
+        sizes.append(read.last - read.first + 1)
+        first = read.last + 1
+
+    assert sizes == [deltas_a_frame, deltas_a_frame, 10 - 2 * deltas_a_frame]
+
+
+def test_a_delta_that_no_frame_can_hold_leaves_alone() -> None:
+    log = filled(Budget(10**9), 10**9, [("a", 1), ("x" * FRAME_MAX, 1), ("b", 1)])
+
+    reads = [log.read(number) for number in range(3)]
+
+    assert [read is not None and (read.first, read.last) for read in reads] == [
+        (0, 0),
+        (1, 1),
+        (2, 2),
+    ]
