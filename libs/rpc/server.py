@@ -135,11 +135,17 @@ class Server:
 
     _failure: BaseException | None = None
 
-    async def serve(self, *, drain: Callable[[], Awaitable[None]] | None = None) -> None:
+    async def serve(
+        self,
+        *,
+        drain: Callable[[], Awaitable[None]] | None = None,
+        abandon: Callable[[], None] | None = None,
+    ) -> None:
         """Says SERVING and runs until SIGTERM, SIGINT or `fail`, then drains and stops.
 
         Args:
             drain: finishes what runs; is given the grace of the configuration.
+            abandon: called instead after a failure, before the running calls are cut.
 
         Raises:
             StartError: something that the process cannot live without failed.
@@ -151,7 +157,10 @@ class Server:
         await self._wait_for_stop()
         log.info("draining", grace_s=self._config.drain_grace)
         await self.set_serving(False)
-        if drain is not None and self._failure is None:
+        if self._failure is not None:
+            if abandon is not None:
+                abandon()
+        elif drain is not None:
             try:
                 async with asyncio.timeout(self._config.drain_grace):
                     await drain()

@@ -58,7 +58,7 @@ async def main(config: Config) -> None:
         await gateway.start()
         server.add(GenerationService(gateway.generations), SERVICE)
         await server.start()
-        await server.serve(drain=gateway.generations.drain)
+        await server.serve(drain=gateway.generations.drain, abandon=gateway.generations.stop)
         await gateway.finish()
 
 

@@ -81,7 +81,7 @@ class Sink:
             self.accepted.set_result(input_tokens)
 
     def push(self, text: str, token_ids: list[int]) -> None:
-        """New output. On the token path.
+        """New output.
 
         Args:
             text: whole characters.
@@ -91,6 +91,13 @@ class Sink:
             self._counts[len(self._texts)] = len(token_ids)
         self._texts.append(text)
         self._token_ids += token_ids
+        if self.on_output is not None:
+            self.on_output()
+
+    def push_one(self, text: str, token_id: int) -> None:
+        """New output of one token. On the token path."""
+        self._texts.append(text)
+        self._token_ids.append(token_id)
         if self.on_output is not None:
             self.on_output()
 

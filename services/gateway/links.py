@@ -186,7 +186,7 @@ class Link:
                 start += count
         else:
             for lane, token_id, text in zip(events.lanes, token_ids, events.texts, strict=True):
-                sinks[lane].push(text, [token_id])
+                sinks[lane].push_one(text, token_id)
         for ended in events.ended:
             self._end(ended)
 

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 
+# Generations that release in one turn of the event loop: about a millisecond.
+TURN_MAX = 32
+
+
 class Batch:
     """What one turn releases.
 
@@ -48,15 +52,22 @@ class Releaser:
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self._ready: list[Generation] = []
+        self._is_due = False
 
     def add(self, generation: Generation) -> None:
         """Has a generation release what it can, soon. Once until it did."""
-        if not self._ready:
-            asyncio.get_running_loop().call_soon(self._run)
         self._ready.append(generation)
+        if not self._is_due:
+            self._is_due = True
+            asyncio.get_running_loop().call_soon(self._run)
 
     def _run(self) -> None:
-        ready, self._ready = self._ready, []
+        ready = self._ready[:TURN_MAX]
+        del self._ready[:TURN_MAX]
+        self._is_due = bool(self._ready)
+        if self._is_due:
+            # The rest behind whatever else is due: new requests must not wait for all of it.
+            asyncio.get_running_loop().call_soon(self._run)
         batch = Batch()
         for generation in ready:
             try:
