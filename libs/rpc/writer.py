@@ -43,24 +43,29 @@ class CallWriter:
         """Starts to write a message. Not while one waits."""
         assert self._writing is None
         self._writing = self._write(message)
-        self._step(None)
+        try:
+            future = self._writing.send(None)
+        except StopIteration:
+            self._writing = None
+            asyncio.get_running_loop().call_soon(self._on_done, None)
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - whatever it is, the call is over
+            self._writing = None
+            asyncio.get_running_loop().call_soon(self._on_done, error)
+        else:
+            # As a task does it: says that whoever awaited it has taken notice.
+            future._asyncio_future_blocking = False  # noqa: SLF001 - the protocol of awaitables of asyncio
+            future.add_done_callback(self._go_on)
 
-    def _step(self, awaited: asyncio.Future[Any] | None) -> None:
+    def _go_on(self, _: asyncio.Future[Any]) -> None:
         assert self._writing is not None
         try:
             future = self._writing.send(None)
         except StopIteration:
-            self._finish(None, is_inside=awaited is None)
-        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - whatever it is, the call is over
-            self._finish(error, is_inside=awaited is None)
-        else:
-            # As a task does it: says that whoever awaited it has taken notice.
-            future._asyncio_future_blocking = False  # noqa: SLF001 - the protocol of awaitables of asyncio
-            future.add_done_callback(self._step)
-
-    def _finish(self, error: BaseException | None, *, is_inside: bool) -> None:
-        self._writing = None
-        if is_inside:
-            asyncio.get_running_loop().call_soon(self._on_done, error)
-        else:
+            self._writing = None
+            self._on_done(None)
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - as above
+            self._writing = None
             self._on_done(error)
+        else:
+            future._asyncio_future_blocking = False  # noqa: SLF001 - as above
+            future.add_done_callback(self._go_on)

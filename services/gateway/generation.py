@@ -62,18 +62,23 @@ class Sink:
         accepted: exact tokens of the prompt, once the worker has queued the execution.
         on_output: called after output has come; None while nobody could take it.
         on_event: called after an end or a failure has come.
+        failure: why there will be no more output.
+        is_over: the output has ended well; some of it may still have to be taken.
+        has_output: there is something to take.
     """
 
     accepted: asyncio.Future[int]
     on_output: Callable[[], None] | None = None
     on_event: Callable[[], None] | None = None
+    failure: MaasError | None = None
+    is_over: bool = False
+    has_output: bool = False
     _texts: list[str] = field(default_factory=list)
     _token_ids: list[int] = field(default_factory=list)
     # Tokens of the rows, by their places, that have not one token each. A row is never split: its
     # text is of all of its tokens together.
     _counts: dict[int, int] = field(default_factory=dict)
     _end: generation_pb2.OutputEnd | None = None
-    _failure: MaasError | None = None
 
     def accept(self, input_tokens: int) -> None:
         """The worker has queued the execution."""
@@ -91,6 +96,7 @@ class Sink:
             self._counts[len(self._texts)] = len(token_ids)
         self._texts.append(text)
         self._token_ids += token_ids
+        self.has_output = True
         if self.on_output is not None:
             self.on_output()
 
@@ -98,40 +104,27 @@ class Sink:
         """New output of one token. On the token path."""
         self._texts.append(text)
         self._token_ids.append(token_id)
+        self.has_output = True
         if self.on_output is not None:
             self.on_output()
 
     def finish(self, end: generation_pb2.OutputEnd) -> None:
         """The output has ended well."""
         self._end = end
+        self.is_over = self.has_output = True
         if self.on_event is not None:
             self.on_event()
 
     def fail(self, error: MaasError) -> None:
         """There will be no more output. The first failure stays; an end is not undone."""
-        if self._failure is None and self._end is None:
-            self._failure = error
+        if self.failure is None and self._end is None:
+            self.failure = error
         if not self.accepted.done():
             self.accepted.set_exception(error)
             # Whoever waits hears of it; if nobody does, that is no defect.
             self.accepted.exception()
         if self.on_event is not None:
             self.on_event()
-
-    @property
-    def failure(self) -> MaasError | None:
-        """Why there will be no more output."""
-        return self._failure
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the output has ended well; some of it may still have to be taken."""
-        return self._end is not None
-
-    @property
-    def has_output(self) -> bool:
-        """Whether there is something to take."""
-        return bool(self._texts) or self._end is not None
 
     @property
     def token_ids(self) -> list[int]:
@@ -149,6 +142,7 @@ class Sink:
             if most > FRAME_BYTES_MAX or len(texts) > ROWS_MAX:
                 return self._take_some()
         self._texts, self._token_ids = [], []
+        self.has_output = False
         if self._counts:
             self._counts = {}
         return Chunk(text, token_ids, self._end)
@@ -167,6 +161,7 @@ class Sink:
         counts = earlier._counts_of_rows() + self._counts_of_rows()
         self._texts[:0] = earlier._texts
         self._token_ids[:0] = earlier._token_ids
+        self.has_output = self.has_output or bool(self._texts)
         self._put_counts(counts)
 
     def _counts_of_rows(self) -> list[int]:

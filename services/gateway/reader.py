@@ -91,13 +91,18 @@ class Reader:
         """Has `on_ready` called whenever it has become idle or has collected long enough."""
         self._on_ready = on_ready
 
-    def write(self, frame: Frame) -> None:
-        """Hands a frame to the transport."""
+    def write(self, frame: Frame, now_s: float) -> None:
+        """Hands a frame to the transport. On the token path.
+
+        Args:
+            frame: the next one.
+            now_s: the event loop's time.
+        """
         assert self._writer is not None
         self.is_idle = False
         self.cursor = frame.sequence
-        self.writing_since_s = self._loop.time()
-        if self._ticker is not None and self._interval_s and frame.is_delta:
+        self.writing_since_s = now_s
+        if self._interval_s and frame.is_delta and self._ticker is not None:
             self.is_collecting = True
             self._ticker.wait(self._interval_s, self._collected)
         self._writer.write(frame.response)

@@ -79,9 +79,10 @@ class Releaser:
                 generation.end(defect, EndCause.GATEWAY_LOST)
         if batch.progress:
             self._count(batch, ready)
+        now_s = asyncio.get_running_loop().time()
         for reader, frame in batch.frames:
             if reader.is_idle:
-                reader.write(frame)
+                reader.write(frame, now_s)
         for generation in batch.ended:
             try:
                 generation.complete()
