@@ -26,6 +26,8 @@ from services.worker.engine.base import EndReason, EngineInfo, EngineRequest, Sa
 from services.worker.prompt import PromptBuilder
 from services.worker.stops import StopMatcher, matcher_of
 
+# Longest time for which output may be kept back, in nanoseconds.
+OUTPUT_INTERVAL_NANOS_MAX = 1_000_000_000
 # Of the largest public request, and as much again of output released elsewhere.
 EXECUTION_BYTES_MAX = 2 * PUBLIC_REQUEST_BYTES_MAX
 
@@ -155,6 +157,8 @@ def _affordable(execution: engine_pb2.Execution, input_tokens: int) -> int:
 
 def _require(execution: engine_pb2.Execution) -> None:
     """Checks that what the gateway resolves has been resolved."""
+    if not 0 <= execution.output_interval.ToNanoseconds() <= OUTPUT_INTERVAL_NANOS_MAX:
+        raise invalid_field("output_interval", FieldRule.OUT_OF_RANGE, "must be 0 s to 1 s")
     sampling, stop = execution.sampling, execution.stop
     for name in ("temperature", "top_p", "top_k", "seed"):
         if not sampling.HasField(name):

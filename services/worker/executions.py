@@ -18,6 +18,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
+from typing import cast
 
 import structlog
 from maas.engine.v1 import engine_pb2
@@ -47,6 +48,7 @@ from services.worker.engine.base import (
 )
 from services.worker.prompt import is_short
 from services.worker.reports import Reports
+from services.worker.routes import Route, Routes
 from services.worker.runs import UNLIMITED_S, Run, Stream
 from services.worker.text import OutputText, TokenPieces
 
@@ -95,6 +97,8 @@ class Executions:
         # By lane of the engine: those that still speak, and those whose end is only waited for.
         self._running: dict[Lane, Run] = {}
         self._ending: dict[Lane, Run] = {}
+        self._routes = Routes()
+        self._meter = metrics.StepMeter()
         self._preparing = 0
         self._lanes = 0
         self._earliest_s = UNLIMITED_S
@@ -121,7 +125,7 @@ class Executions:
     @contextmanager
     def stream(self, tasks: asyncio.TaskGroup) -> Iterator[Stream]:
         """Opens a stream; leaving aborts what it started."""
-        stream = Stream(tasks)
+        stream = Stream(tasks, self._clock)
         self._streams.add(stream)
         if self._refusing is not None:
             stream.outbox.close(self._refusing(self._worker))
@@ -129,6 +133,7 @@ class Executions:
             yield stream
         finally:
             self._streams.discard(stream)
+            stream.outbox.detach()
             for run in list(stream.runs.values()):
                 run.is_told = True
                 self._abort(run, runs.aborted())
@@ -263,7 +268,7 @@ class Executions:
                 metrics.EXECUTIONS.labels(error.reason.value).inc()
         finally:
             self._preparing -= 1
-            run.outbox.wake()
+            run.outbox.wake_soon()
 
     def _work(self, execution: engine_pb2.Execution) -> Work:
         """Makes what the engine and the text layer need. May run in a thread.
@@ -296,15 +301,46 @@ class Executions:
         run.engine_lane = self._lanes
         self._add(run)
         self._running[self._lanes] = run
+        if run.text is not None and not run.is_matching:
+            self._routes.holding.add(run)
         self._reports.started(run.execution_id)
-        run.outbox.accept(run.lane, len(request.prompt_ids))
+        run.outbox.accept(run.lane, len(request.prompt_ids), run.interval_s)
         metrics.INPUT_TOKENS.inc(len(request.prompt_ids))
         if ended is not None:
             self._end(Ended(self._lanes, ended))
-        run.outbox.wake()
+        run.outbox.wake_soon()
 
     def _deliver(self, batch: StepBatch) -> None:
-        """Hands one batch to the streams. The loop is what every token of the worker costs."""
+        """Hands one batch to the streams."""
+        route = self._routes.find(batch.lanes, self._running)
+        if route is None:
+            self._deliver_rows(batch)
+        else:
+            self._hand_on(route, batch)
+        for ended in batch.ended:
+            self._end(ended)
+        self._meter.add(len(batch.lanes), may_be_last=bool(batch.ended))
+        for stream in self._streams:
+            stream.outbox.wake()
+
+    def _hand_on(self, route: Route, batch: StepBatch) -> None:
+        """Hands on columns; row by row what has stop sequences or is no whole text of its own."""
+        for group in route.groups:
+            token_ids = group.pick(batch.token_ids)
+            texts = [self._pieces.texts[token_id] for token_id in token_ids]
+            if None in texts:
+                lanes = list(group.pick(batch.lanes))
+                self._deliver_rows(StepBatch(lanes=lanes, token_ids=list(token_ids)))
+                continue
+            outbox = group.outbox
+            outbox.lanes += group.lanes
+            outbox.token_ids += token_ids
+            outbox.texts += cast("list[str]", texts)
+        for row, run in route.matching:
+            self._push(run, batch.token_ids[row])
+
+    def _deliver_rows(self, batch: StepBatch) -> None:
+        """Hands on row by row."""
         running = self._running
         texts = self._pieces.texts
         for lane, token_id in zip(batch.lanes, batch.token_ids, strict=True):
@@ -319,24 +355,20 @@ class Executions:
             outbox.lanes.append(run.lane)
             outbox.token_ids.append(token_id)
             outbox.texts.append(text)
-        for ended in batch.ended:
-            self._end(ended)
-        metrics.STEPS.inc()
-        metrics.ENGINE_TOKENS.inc(len(batch.lanes))
-        for stream in self._streams:
-            stream.outbox.wake()
 
     def _push(self, run: Run, token_id: int) -> None:
         """Takes a token through the text layer."""
         text = run.text
         if text is None:
             text = run.text = OutputText(self._pieces)
+            self._routes.holding.add(run)
         release = text.push(token_id)
         run.show(release)
         if release.stop is not None:
             self._stopped(run, release.stop)
         elif text.is_clear and not run.is_matching:
             run.text = None
+            self._routes.holding.discard(run)
 
     def _stopped(self, run: Run, sequence: str) -> None:
         """A stop sequence ended the output; the engine does not know yet."""
@@ -349,6 +381,7 @@ class Executions:
         lane = run.engine_lane
         assert lane is not None
         self._ending[lane] = self._running.pop(lane)
+        self._routes.leave(run)
         run.stopped_s = self._clock.monotonic_s()
         self._alarm.set_by(run.stopped_s + self._abort_within_s)
         self._engine.abort(lane)
@@ -357,6 +390,7 @@ class Executions:
         """The engine has ended an execution: its place is free."""
         run = self._running.pop(ended.lane, None)
         if run is not None:
+            self._routes.leave(run)
             self._conclude(run, ended)
         else:
             run = self._ending.pop(ended.lane, None)
@@ -398,13 +432,13 @@ class Executions:
             self._stop(run)
         else:
             return
-        run.outbox.wake()
+        run.outbox.wake_soon()
         metrics.EXECUTIONS.labels(error.reason.value).inc()
 
     def _refuse(self, stream: Stream, lane: int, error: MaasError) -> None:
         ended = engine_pb2.Ended(lane=lane, failure=failure_to_pb(error))
         stream.outbox.end(ended)
-        stream.outbox.wake()
+        stream.outbox.wake_soon()
         metrics.EXECUTIONS.labels(error.reason.value).inc()
 
     def _poison(self, stream: Stream, lane: int) -> None:
@@ -434,6 +468,7 @@ class Executions:
             self._forget(run)
         self._running.clear()
         self._ending.clear()
+        self._routes = Routes()
         self._close_streams(runs.lost)
 
     def _close_streams(self, error: Callable[[str], MaasError]) -> None:

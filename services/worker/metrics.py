@@ -14,3 +14,30 @@ EXECUTIONS = Counter(
     "Executions that are over: OK, or the reason of their failure or refusal.",
     ["outcome"],
 )
+
+# Steps that the two metrics of steps may be behind while executions run.
+STEPS_BEHIND_MAX = 50
+
+
+class StepMeter:
+    """Counts steps and their tokens. An increment of a metric takes a lock, so it is not each."""
+
+    __slots__ = ("_steps", "_tokens")
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._tokens = 0
+
+    def add(self, tokens: int, *, may_be_last: bool) -> None:
+        """Counts a step.
+
+        Args:
+            tokens: that it gave.
+            may_be_last: whether there may be no other for long: then the metrics are exact.
+        """
+        self._steps += 1
+        self._tokens += tokens
+        if may_be_last or self._steps >= STEPS_BEHIND_MAX:
+            STEPS.inc(self._steps)
+            ENGINE_TOKENS.inc(self._tokens)
+            self._steps = self._tokens = 0

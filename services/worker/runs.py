@@ -7,6 +7,7 @@ import asyncio
 from maas.engine.v1 import engine_pb2
 from maas.inference.v1 import generation_pb2
 
+from libs.clock import Clock
 from libs.errors import Cancelled, DeadlineExceeded, Internal, MaasError, Reason, Unavailable
 from services.worker.admission import Work
 from services.worker.convert import failure_to_pb
@@ -26,8 +27,8 @@ class Stream:
         tasks: prepare its long prompts; end with the call.
     """
 
-    def __init__(self, tasks: asyncio.TaskGroup) -> None:
-        self.outbox = Outbox()
+    def __init__(self, tasks: asyncio.TaskGroup, clock: Clock) -> None:
+        self.outbox = Outbox(clock)
         self.runs: dict[int, Run] = {}
         self.tasks = tasks
 
@@ -41,11 +42,13 @@ class Run:
         outbox: of that stream; here too, because every token asks for it.
         lane: on that stream.
         deadline_s: monotonic.
+        interval_s: in which its reader collects output; 0 for a reader that wants it at once.
         engine_lane: in the engine; None while it is being prepared.
         stopped_s: monotonic, when the engine was asked to end it.
         text: its text layer; None while every token is whole text of its own.
         is_capped: see admission.Work.
         is_matching: it has stop sequences, so every token goes through the text layer.
+        has_spoken: its first token has been shown. Kept only while the text layer sees its tokens.
         is_told: its stream has been told its end, or is gone.
         failure: why it was stopped from outside.
     """
@@ -55,6 +58,8 @@ class Run:
         "engine_lane",
         "execution_id",
         "failure",
+        "has_spoken",
+        "interval_s",
         "is_capped",
         "is_matching",
         "is_told",
@@ -71,16 +76,21 @@ class Run:
         self.outbox = stream.outbox
         self.lane = execution.lane
         self.deadline_s = deadline_s
+        self.interval_s = execution.output_interval.ToNanoseconds() / 1e9
         self.engine_lane: Lane | None = None
         self.stopped_s = UNLIMITED_S
         self.text: OutputText | None = None
         self.is_capped = False
         self.is_matching = False
+        self.has_spoken = False
         self.is_told = False
         self.failure: MaasError | None = None
 
     def prime(self, pieces: TokenPieces, work: Work) -> bool:
         """Prepares the text layer: for stop sequences, and behind what was released elsewhere.
+
+        Where output may wait for more, it is also what sees the first token, which may not: other
+        executions so pay nothing for each token to find it.
 
         Returns:
             whether a stop sequence has ended the output already, and only its end was lost.
@@ -88,7 +98,7 @@ class Run:
         released = work.request.continue_ids
         self.is_capped = work.is_capped
         self.is_matching = work.matcher is not None
-        if not (self.is_matching or released):
+        if not (self.is_matching or released or self.interval_s):
             return False
         self.text = OutputText(pieces, work.matcher)
         return self.text.prime(released)
@@ -100,6 +110,9 @@ class Run:
             self.outbox.lanes.extend([self.lane] * count)
             self.outbox.token_ids.extend(release.token_ids)
             self.outbox.texts.extend([*[""] * (count - 1), release.text])
+            if not self.has_spoken:
+                self.has_spoken = True
+                self.outbox.urge()
 
     def tell_end(self, end: generation_pb2.OutputEnd) -> None:
         """Tells the stream that the output ended well."""

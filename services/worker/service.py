@@ -25,7 +25,7 @@ STARTS_AT_ONCE = 8
 
 
 class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
-    """The servicer. One reader and one writer for each stream."""
+    """The servicer. One reader for each stream; its outbox writes."""
 
     def __init__(self, engine: Engine, executions: Executions, info: engine_pb2.EngineInfo) -> None:
         self._engine = engine
@@ -40,11 +40,12 @@ class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
         try:
             async with asyncio.TaskGroup() as tasks:
                 with self._executions.stream(tasks) as stream:
-                    writer = tasks.create_task(_write(stream, context), name="write")
+                    stream.outbox.attach(context.write)
+                    end = tasks.create_task(stream.outbox.wait_over(), name="end of the stream")
                     try:
                         await self._read(stream, context)
                     finally:
-                        writer.cancel()
+                        end.cancel()
         except BaseExceptionGroup as group:
             # What ended the stream: a refusal of the reader, or the end of the worker.
             ends = group.subgroup(MaasError)
@@ -90,8 +91,3 @@ class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
                 self._executions.start(stream, execution)
                 if count % STARTS_AT_ONCE == 0:
                     await asyncio.sleep(0)
-
-
-async def _write(stream: Stream, context: Context) -> None:
-    while True:
-        await context.write(await stream.outbox.next())

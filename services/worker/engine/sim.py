@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from libs.clock import Clock
+from libs.clock import CancelTimer, Clock
 from services.worker.engine.base import (
     Ended,
     EndReason,
@@ -36,6 +35,8 @@ from services.worker.engine.sim_output import SimOutput, base_of, end_of
 from services.worker.engine.sim_tokenizer import SimTokenizer
 
 VERSION = "1"
+# Tokens drawn at once.
+AHEAD_TOKENS_MAX = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,13 +77,14 @@ class _Run:
         position: output position of its first token here.
         end: output position at which it ends; it draws no token there.
         reason: why it ends there.
-        tokens: what it says.
+        base: of what it says.
         first_step: step in which it draws its first token.
         kv_tokens: most tokens that it can ever have in the cache.
         is_over: it has ended; whatever still refers to it drops it.
     """
 
     __slots__ = (
+        "base",
         "end",
         "first_step",
         "is_over",
@@ -93,7 +95,6 @@ class _Run:
         "prompt_tokens",
         "reason",
         "stop_token_id",
-        "tokens",
     )
 
     def __init__(self, lane: Lane, request: EngineRequest) -> None:
@@ -104,7 +105,7 @@ class _Run:
         self.end = max(self.position, request.max_output_tokens)
         self.reason = EndReason.MAX_TOKENS
         self.stop_token_id: int | None = None
-        self.tokens: Iterator[int] = iter(())
+        self.base = 0
         self.first_step = 0
         self.kv_tokens = 0
         self.is_over = False
@@ -160,8 +161,12 @@ class SimEngine:
         self._decoding: dict[Lane, _Run] = {}
         # The columns of _decoding; made anew when an execution came or went.
         self._lanes: list[Lane] = []
-        self._tokens: list[Iterator[int]] = []
+        self._bases: list[int] = []
+        self._offsets: list[int] = []
         self._is_changed = False
+        # Tokens of the steps to come, last step first, drawn ahead while nobody comes or goes.
+        self._rows: list[list[int]] = []
+        self._ahead = 1
         # Who ends in which step. Known beforehand, so that a step costs nothing for each lane.
         self._endings: dict[int, list[_Run]] = {}
         self._waiting_tokens = 0
@@ -172,8 +177,9 @@ class SimEngine:
         self._chunk: list[tuple[_Run, int]] = []
         self._step_ends_s: float | None = None
         self._last_step_ended_s = 0.0
-        self._sleeper: asyncio.Task[None] | None = None
-        self._wake = asyncio.Event()
+        # Of the end of the step; and who waits in next_step.
+        self._cancel_timer: CancelTimer | None = None
+        self._waiter: asyncio.Future[None] | None = None
         self._is_stopped = False
 
     async def start(self) -> EngineInfo:
@@ -210,7 +216,7 @@ class SimEngine:
             self._last_step_ended_s = self._clock.monotonic_s()
         self._waiting[lane] = run
         self._waiting_tokens += run.prompt_left
-        self._wake.set()
+        self._wake()
 
     def abort(self, lane: Lane) -> None:
         """Takes an execution out at once; next_step returns with its end."""
@@ -221,7 +227,7 @@ class SimEngine:
         if run in ending:
             ending.remove(run)
         self._finish(run, EndReason.ABORTED)
-        self._wake.set()
+        self._wake()
 
     async def next_step(self) -> StepBatch:
         """Waits until a step is over, or until something ended outside of one.
@@ -257,9 +263,9 @@ class SimEngine:
     async def stop(self) -> None:
         """Ends the engine; what runs is lost."""
         self._is_stopped = True
-        if self._sleeper is not None:
-            self._sleeper.cancel()
-        self._wake.set()
+        if self._cancel_timer is not None:
+            self._cancel_timer()
+        self._wake()
 
     def _plan(self, lane: Lane, request: EngineRequest) -> _Run:
         """Finds out how an execution will end: its output is known beforehand."""
@@ -274,28 +280,36 @@ class SimEngine:
             if found is not None:
                 run.end_at(found, EndReason.STOP_TOKEN)
                 run.stop_token_id = int(self._output.tokens(base, found, found + 1)[0])
-        run.tokens = self._output.iterate(base, run.position)
+        run.base = base
         return run
 
     async def _wait(self) -> None:
         """Waits for the end of the step, or for something to happen before."""
         if self._step_ends_s is None:
-            self._wake.clear()
-            await self._wake.wait()
+            await self._sleep()
             return
         left_s = self._step_ends_s - self._clock.monotonic_s()
         if left_s <= 0:
             # Once around the event loop, so that everybody else gets a turn.
             await asyncio.sleep(0)
             return
-        if self._sleeper is None or self._sleeper.done():
-            self._sleeper = asyncio.create_task(self._sleep(left_s), name="sim step")
-        self._wake.clear()
-        await self._wake.wait()
+        if self._cancel_timer is None:
+            self._cancel_timer = self._clock.call_after(left_s, self._ring)
+        await self._sleep()
 
-    async def _sleep(self, seconds: float) -> None:
-        await self._clock.sleep_s(seconds)
-        self._wake.set()
+    async def _sleep(self) -> None:
+        """Waits for `_wake`. What was missed before is seen in the state."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _ring(self) -> None:
+        """The timer of a step went off: of the one that runs, or of one that ended before it."""
+        self._cancel_timer = None
+        self._wake()
 
     def _is_step_over(self) -> bool:
         return self._step_ends_s is not None and self._clock.monotonic_s() >= self._step_ends_s
@@ -362,11 +376,30 @@ class SimEngine:
 
     def _draw(self) -> None:
         if self._is_changed:
-            self._is_changed = False
-            self._lanes = list(self._decoding)
-            self._tokens = [run.tokens for run in self._decoding.values()]
+            self._change()
+        if not self._lanes:
+            return
+        if not self._rows:
+            self._draw_ahead()
         self._batch.lanes = self._lanes.copy()
-        self._batch.token_ids = list(map(next, self._tokens))
+        self._batch.token_ids = self._rows.pop()
+
+    def _change(self) -> None:
+        """Makes the columns anew. What was drawn ahead was for others."""
+        self._is_changed = False
+        runs = self._decoding.values()
+        self._lanes = list(self._decoding)
+        self._bases = [run.base for run in runs]
+        self._offsets = [run.position - run.first_step for run in runs]
+        self._rows = []
+        self._ahead = 1
+
+    def _draw_ahead(self) -> None:
+        """Draws more steps each time: the longer nobody came or went, the longer nobody will."""
+        positions = [offset + self._step for offset in self._offsets]
+        self._rows = self._output.steps(self._bases, positions, self._ahead)
+        self._rows.reverse()
+        self._ahead = min(2 * self._ahead, max(1, AHEAD_TOKENS_MAX // len(self._lanes)))
 
     def _finish(self, run: _Run, reason: EndReason) -> None:
         run.is_over = True

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +29,8 @@ _SENTENCE_MIN = 6
 _SENTENCE_KINDS = 8
 # Positions are turned into tokens this many at a time: 20 ns a token, and little wasted on aborts.
 _CHUNK = 256
-# The first of them one by one: a short output is not worth the chunk.
-_SINGLE = 6
+# So few tokens are drawn one by one: they are not worth the columns.
+_SINGLE_MAX = 24
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -41,6 +41,7 @@ _MASK = (1 << 64) - 1
 _INSIDE, _FIRST, _LAST, _OPENING = range(4)
 
 Tokens = npt.NDArray[np.int32]
+Bases = npt.NDArray[np.uint64]
 
 
 def base_of(request: EngineRequest) -> int:
@@ -72,13 +73,7 @@ class SimOutput:
         """Returns the tokens of positions start <= p < end; int32, shape (end - start,)."""
         positions = np.arange(start, end, dtype=np.uint64)
         length = _SENTENCE_MIN + base % _SENTENCE_KINDS
-        place = positions % np.uint64(length)
-        row = np.where(place == 0, _FIRST, np.where(place == length - 1, _LAST, _INSIDE))
-        if start == 0 and end > 0:
-            row[0] = _OPENING
-        column = _splitmix(np.uint64(base) + positions * _GOLDEN) >> np.uint64(64 - _TABLE_BITS)
-        tokens: Tokens = self._table[row, column]
-        return tokens
+        return self._look_up(np.uint64(base), positions, np.uint64(length))
 
     def token(self, base: int, position: int) -> int:
         """Returns the token of one position: 1 us, where any number of them costs 15 us."""
@@ -92,14 +87,40 @@ class SimOutput:
         mixed = (mixed ^ (mixed >> 27)) * int(_MIX_2) & _MASK
         return self._rows[row][(mixed ^ (mixed >> 31)) >> (64 - _TABLE_BITS)]
 
-    def iterate(self, base: int, start: int) -> Iterator[int]:
-        """Yields tokens from a position on, without end."""
-        for position in range(start, start + _SINGLE):
-            yield self.token(base, position)
-        start += _SINGLE
-        while True:
-            yield from self.tokens(base, start, start + _CHUNK).tolist()
-            start += _CHUNK
+    def steps(self, bases: Sequence[int], positions: Sequence[int], count: int) -> list[list[int]]:
+        """Returns the tokens of some outputs, step by step.
+
+        Args:
+            bases: of each output.
+            positions: of each output's first token here; at least 0.
+            count: of steps.
+
+        Returns:
+            a row for each step, with a token of each output.
+        """
+        if count * len(bases) <= _SINGLE_MAX:
+            return [
+                [self.token(base, at + step) for base, at in zip(bases, positions, strict=True)]
+                for step in range(count)
+            ]
+        column = np.array(bases, np.uint64)
+        at = np.array(positions, np.uint64) + np.arange(count, dtype=np.uint64)[:, np.newaxis]
+        lengths = np.uint64(_SENTENCE_MIN) + column % np.uint64(_SENTENCE_KINDS)
+        found: list[list[int]] = self._look_up(column, at, lengths).tolist()
+        return found
+
+    def _look_up(
+        self, bases: Bases | np.uint64, positions: Bases, lengths: Bases | np.uint64
+    ) -> Tokens:
+        """Looks up tokens; the three are of one shape, or one value for all."""
+        place = positions % lengths
+        row = np.where(
+            place == 0, _FIRST, np.where(place == lengths - np.uint64(1), _LAST, _INSIDE)
+        )
+        row[positions == 0] = _OPENING
+        column = _splitmix(bases + positions * _GOLDEN) >> np.uint64(64 - _TABLE_BITS)
+        tokens: Tokens = self._table[row, column]
+        return tokens
 
     def find(self, base: int, start: int, end: int, wanted: frozenset[int]) -> int | None:
         """Returns the first position in start <= p < end that holds a wanted token, or None."""

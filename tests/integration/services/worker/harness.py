@@ -263,6 +263,7 @@ def execution(
     execution_id: str | None = None,
     model_version: str = MODEL_VERSION,
     charge_limit: engine_pb2.ChargeLimit | None = None,
+    interval_s: float | None = None,
 ) -> engine_pb2.Execution:
     """Makes an execution as a gateway would: everything is resolved."""
     made = engine_pb2.Execution(
@@ -288,6 +289,8 @@ def execution(
         made.text = text
     if budget_s is not None:
         made.budget.FromNanoseconds(round(budget_s * 1e9))
+    if interval_s is not None:
+        made.output_interval.FromNanoseconds(round(interval_s * 1e9))
     return made
 
 

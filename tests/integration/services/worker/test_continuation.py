@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from maas.inference.v1 import generation_pb2
 from typing_extensions import override
 
 from libs.clock import SystemClock
@@ -37,8 +38,10 @@ class Recited(SimOutput):
         return np.array(self.script[start:end], dtype=np.int32)
 
     @override
-    def iterate(self, base: int, start: int) -> Iterator[int]:
-        return iter(self.script[start:])
+    def steps(self, bases: Sequence[int], positions: Sequence[int], count: int) -> list[list[int]]:
+        # What is drawn ahead of the end is never said.
+        script = [*self.script, *[0] * count]
+        return [[script[at + step] for at in positions] for step in range(count)]
 
 
 def released(token_ids: Sequence[int], stops: Sequence[str]) -> tuple[list[int], str]:
@@ -109,6 +112,37 @@ async def test_characters_and_stop_sequences_may_be_cut_anywhere(
 
         assert whole.text == (FOREIGN[: FOREIGN.index(end)] if end else FOREIGN)
         assert whole.end.stop_sequence == end
+
+
+def said(told: Told) -> tuple[list[int], str, generation_pb2.OutputEnd]:
+    return told.token_ids, told.text, told.end
+
+
+async def test_executions_that_run_together_say_what_each_would_alone() -> None:
+    """Of two streams, some with whole tokens only, some with pieces of characters, some stopped."""
+    engine = make_engine(SystemClock())
+    engine._output = output = Recited("one two three four five six seven. " + FOREIGN)
+    most = len(output.script)
+    async with (
+        running_worker(engine=engine) as worker,
+        worker.gateway() as gateway,
+        worker.gateway() as other,
+    ):
+        plain = await gateway.run(execution(9, tokens=most))
+        stopped = await gateway.run(execution(8, tokens=most, stops=["seven"]))
+
+        await gateway.send(
+            execution(1, tokens=most, interval_s=0.01),
+            execution(2, tokens=most, stops=["seven"], interval_s=0.02),
+            execution(3, tokens=20, interval_s=0.03),
+        )
+        await other.send(execution(1, tokens=most, execution_id="other"))
+        await other.until_ended(1)
+        await gateway.until_ended(1, 2, 3)
+
+        assert said(gateway.told[1]) == said(other.told[1]) == said(plain)
+        assert said(gateway.told[2]) == said(stopped)
+        assert gateway.told[3].token_ids == plain.token_ids[:20]
 
 
 @pytest.mark.parametrize("seed", [7, 8])

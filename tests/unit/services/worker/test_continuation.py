@@ -77,11 +77,19 @@ def test_what_the_simulator_says_goes_on_from_every_token(seed: int, begin: int,
     check_every_cut(token_ids, tuple(filter(None, (text[begin : begin + size], "\u20ac"))))
 
 
-@pytest.mark.parametrize("start", [0, 1, 5, 6, 7, 39])
-@given(seed=st.integers(0, 2**64 - 1))
-def test_one_position_has_the_token_that_many_have(start: int, seed: int) -> None:
-    tokens = OUTPUT.iterate(seed, start)
+@pytest.mark.parametrize("count", [1, 7, LENGTH])
+@given(
+    outputs=st.lists(
+        st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 40)), min_size=1, max_size=30
+    )
+)
+def test_one_position_has_the_token_that_many_have(
+    count: int, outputs: list[tuple[int, int]]
+) -> None:
+    bases, starts = zip(*outputs, strict=True)
 
-    assert [next(tokens) for _ in range(LENGTH)] == OUTPUT.tokens(
-        seed, start, start + LENGTH
-    ).tolist()
+    steps = OUTPUT.steps(bases, starts, count)
+
+    assert [list(column) for column in zip(*steps, strict=True)] == [
+        OUTPUT.tokens(base, start, start + count).tolist() for base, start in outputs
+    ]

@@ -229,3 +229,33 @@ async def test_output_reads_like_sentences() -> None:
     assert ". " in text
     assert len(text.split()) > 40
     await engine.stop()
+
+
+async def test_what_is_said_does_not_depend_on_who_comes_and_goes() -> None:
+    """Tokens are drawn ahead; those of another company are drawn anew."""
+    alone: dict[int, list[int]] = {}
+    for lane in range(6):
+        engine = make(FakeClock(), costs=FLAT_OUT)
+        engine.submit(0, ask(prompt=3, tokens=100, seed=lane))
+        said: list[int] = []
+        while not (batch := await engine.next_step()).ended:
+            said += batch.token_ids
+        alone[lane] = said + batch.token_ids
+
+    engine = make(FakeClock(), costs=FLAT_OUT, capacity=6, kv_tokens=6000)
+    together: dict[int, list[int]] = {lane: [] for lane in range(6)}
+    ended = 0
+    for step in range(1000):
+        lane = step // 13
+        if step % 13 == 0 and lane < 6:
+            engine.submit(lane, ask(prompt=3, tokens=100, seed=lane))
+        batch = await engine.next_step()
+        for at, token_id in zip(batch.lanes, batch.token_ids, strict=True):
+            together[at].append(token_id)
+        ended += len(batch.ended)
+        if ended == 6:
+            break
+
+    assert together == alone
+    assert {len(said) for said in alone.values()} == {100}
+    await engine.stop()
