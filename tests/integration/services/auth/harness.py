@@ -25,6 +25,7 @@ from libs.auth import KeyTable, NewKey, Role, key_id_of
 from libs.clock import SystemClock
 from libs.config import PostgresSection
 from libs.errors import MaasError
+from libs.limits import WATCH_POLL_S
 from libs.postgres import Database
 from libs.process import Background
 from libs.rpc import Hub, Peer, Server
@@ -159,7 +160,7 @@ class Auth:
         await self.store.create_key(key_from(wanted, made, self.clock.now()))
         while await self.refusal(secret) is not None:
             # A table that waits for its database sleeps on this clock.
-            self.clock.advance(0.5)
+            self.clock.advance(WATCH_POLL_S)
             await asyncio.sleep(0.005)
 
     @asynccontextmanager

@@ -10,6 +10,7 @@ from maas.billing.v1 import price_service_pb2 as price_pb
 from maas.common.v1 import money_pb2
 
 from libs.errors import AlreadyExists, InvalidArgument, NotFound, PermissionDenied, Reason
+from libs.limits import WATCH_POLL_S
 from tests.integration.services.billing.world import Billing, running, time_pb, usd
 
 
@@ -180,7 +181,7 @@ async def test_watch_of_another_replica_sees_the_price_with_its_next_poll(
         async with watch as stream:
             await stream.read()
             await create(billing, price(), "p1")
-            replica.clock.advance(0.5)
+            replica.clock.advance(WATCH_POLL_S)
             async with asyncio.timeout(1):
                 change = await stream.read()
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from libs.errors import Unavailable, unavailable
+from libs.limits import WATCH_POLL_S
 from libs.process import Background
 from libs.rpc import Hub
 from libs.rpc.feed import Changes, changes, poll_revision
@@ -146,7 +147,7 @@ async def polled(hub: Hub) -> AsyncIterator[tuple[Store, FakeClock]]:
 
 
 async def look(clock: FakeClock) -> None:
-    clock.advance(0.5)
+    clock.advance(WATCH_POLL_S)
     for _ in range(3):
         await asyncio.sleep(0)
 
