@@ -104,10 +104,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_CONSUMER_STALLED: _ErrorReason.ValueType  # 101
     """ABORTED. The client stopped reading for longer than the stall limit.
-    Keys: stallSeconds.
+    Keys: stallSeconds, generationId, resumable.
     """
     ERROR_REASON_GENERATION_CANCELLED: _ErrorReason.ValueType  # 102
-    """ABORTED. CancelGeneration ended the generation. Keys: generationId."""
+    """ABORTED. CancelGeneration ended the generation, or the key that started it
+    was revoked. Keys: generationId.
+    """
     ERROR_REASON_ENGINE_FAILURE: _ErrorReason.ValueType  # 103
     """INTERNAL. The engine failed; nothing is charged. Keys: worker."""
     ERROR_REASON_REPLAY_EXPIRED: _ErrorReason.ValueType  # 104
@@ -222,10 +224,12 @@ Keys: generationId.
 """
 ERROR_REASON_CONSUMER_STALLED: ErrorReason.ValueType  # 101
 """ABORTED. The client stopped reading for longer than the stall limit.
-Keys: stallSeconds.
+Keys: stallSeconds, generationId, resumable.
 """
 ERROR_REASON_GENERATION_CANCELLED: ErrorReason.ValueType  # 102
-"""ABORTED. CancelGeneration ended the generation. Keys: generationId."""
+"""ABORTED. CancelGeneration ended the generation, or the key that started it
+was revoked. Keys: generationId.
+"""
 ERROR_REASON_ENGINE_FAILURE: ErrorReason.ValueType  # 103
 """INTERNAL. The engine failed; nothing is charged. Keys: worker."""
 ERROR_REASON_REPLAY_EXPIRED: ErrorReason.ValueType  # 104
