@@ -44,8 +44,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     Keys: requestId.
     """
     ERROR_REASON_CURRENCY_MISMATCH: _ErrorReason.ValueType  # 7
-    """INVALID_ARGUMENT. Two amounts of different currencies met. Keys: left,
-    right.
+    """INVALID_ARGUMENT with BadRequest. Two amounts of different currencies met.
+    Keys: left, right.
     """
     ERROR_REASON_CREDENTIALS_MISSING: _ErrorReason.ValueType  # 20
     """UNAUTHENTICATED. No authorization metadata."""
@@ -164,8 +164,8 @@ ERROR_REASON_REQUEST_ID_REUSED: ErrorReason.ValueType  # 6
 Keys: requestId.
 """
 ERROR_REASON_CURRENCY_MISMATCH: ErrorReason.ValueType  # 7
-"""INVALID_ARGUMENT. Two amounts of different currencies met. Keys: left,
-right.
+"""INVALID_ARGUMENT with BadRequest. Two amounts of different currencies met.
+Keys: left, right.
 """
 ERROR_REASON_CREDENTIALS_MISSING: ErrorReason.ValueType  # 20
 """UNAUTHENTICATED. No authorization metadata."""
