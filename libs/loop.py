@@ -33,11 +33,9 @@ class EventLoop(uvloop.Loop):
     ) -> None:
         """Watches a file descriptor; see asyncio."""
         if isinstance(fd, socket.socket) and _POLLER in repr(callback):
-            callback, args = (
-                functools.partial(_all_but_one, fd, functools.partial(callback, *args)),
-                (),
-            )
-        super().add_reader(fd, callback, *args)
+            super().add_reader(fd, _all_but_one, fd, functools.partial(callback, *args))
+        else:
+            super().add_reader(fd, callback, *args)
 
 
 def _all_but_one(wakes: socket.socket, callback: Callable[[], object]) -> None:

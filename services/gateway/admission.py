@@ -8,7 +8,6 @@ accepted; until then every failure leaves no trace.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -52,6 +51,8 @@ class Asked:
     Attributes:
         spec: what to generate.
         request_id: idempotency key; empty when there is none.
+        request_sha256: hexadecimal digest of what is asked for, not of how it is delivered; empty
+            without an idempotency key.
         lives_on: it goes on when its caller leaves.
         is_unary: the answer is the whole result.
         interval_s: how long its reader collects output before a frame; 0 for not at all.
@@ -62,6 +63,7 @@ class Asked:
 
     spec: generation_pb2.GenerationSpec
     request_id: str
+    request_sha256: str
     lives_on: bool
     is_unary: bool
     interval_s: float = 0.0
@@ -78,10 +80,6 @@ class Asked:
     def account(self) -> str:
         """Resource name of who pays."""
         return f"accounts/{self.principal.organization}"
-
-    def sha256(self) -> str:
-        """Returns the digest of what is asked for, hexadecimal: not of how it is delivered."""
-        return hashlib.sha256(self.spec.SerializeToString(deterministic=True)).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,7 +195,7 @@ class Admission:
                     input_tokens=placed.input_tokens,
                     start_time=start_time,
                     request_id=asked.request_id,
-                    request_sha256=asked.sha256() if asked.request_id else "",
+                    request_sha256=asked.request_sha256,
                 ),
                 terms=Terms(
                     price=admitted.price,
@@ -206,7 +204,6 @@ class Admission:
                     with_ids=asked.spec.output.return_token_ids,
                     lives_on=asked.lives_on,
                     is_kept=is_kept,
-                    request_id=asked.request_id,
                 ),
                 hold=admitted.hold,
                 attempts=attempts,
@@ -341,7 +338,7 @@ def reused(request_id: str) -> InvalidArgument:
 def _refuse_repeat(asked: Asked, charged: Charged | None) -> None:
     if charged is None:
         return
-    if charged.request_sha256 != asked.sha256():
+    if charged.request_sha256 != asked.request_sha256:
         raise reused(asked.request_id)
     raise AlreadyExists(
         "the request was served before, and its output is not kept any more",

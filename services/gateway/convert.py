@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from datetime import UTC, datetime, timedelta
 
 from google.protobuf.duration_pb2 import Duration
@@ -157,6 +158,11 @@ def execution_to_pb(
         case _:
             pass
     return execution
+
+
+def sha256_of(spec: generation_pb2.GenerationSpec) -> str:
+    """Returns the digest of a spec, hexadecimal."""
+    return hashlib.sha256(spec.SerializeToString(deterministic=True)).hexdigest()
 
 
 def money_to_pb(nanos: int) -> money_pb2.Money:

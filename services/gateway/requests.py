@@ -77,11 +77,11 @@ class Requests:
         is_repeat = entry is not None
         if entry is None:
             generation: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
-            entry = _Entry(asked.sha256(), asked.lives_on, generation)
+            entry = _Entry(asked.request_sha256, asked.lives_on, generation)
             if asked.request_id:
                 self._by_key[key] = entry
             entry.stop = self._background.start(self._admit(key, entry, asked, admit), name="admit")
-        elif entry.sha256 != asked.sha256():
+        elif entry.sha256 != asked.request_sha256:
             raise reused(asked.request_id)
         if entry.waiting >= READERS_MAX:
             raise crowded()

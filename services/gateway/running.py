@@ -94,7 +94,6 @@ class Terms:
         with_ids: readers get token ids.
         lives_on: it goes on without a reader.
         is_kept: its log stays for the replay window.
-        request_id: idempotency key; empty when there is none.
     """
 
     price: Price
@@ -103,7 +102,6 @@ class Terms:
     with_ids: bool
     lives_on: bool
     is_kept: bool
-    request_id: str
 
 
 class Generation:

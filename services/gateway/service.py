@@ -118,6 +118,8 @@ def _asked(
     return Asked(
         spec=spec,
         request_id=request_id,
+        # Once: a prompt may be a megabyte.
+        request_sha256=convert.sha256_of(spec) if request_id else "",
         lives_on=lives_on,
         is_unary=interval_s is None,
         interval_s=interval_s or 0.0,
