@@ -14,13 +14,20 @@ token columns is lanes[i] and token_ids[i]. A lane may have several rows in a ba
 decoding, or a consumer that came late and got two steps merged); its rows are in order.
 
 Neither the end-of-sequence token nor a matched stop token id is ever among the tokens.
+
+What an engine cannot do its abilities say; the worker refuses it before it submits.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 Lane = int
 """Names one execution inside one engine. Chosen by the worker, never reused while it runs."""
@@ -39,12 +46,65 @@ class Sampling:
         top_p: share of probability kept, 0..1; 1 keeps all.
         top_k: number of likeliest tokens kept; 0 keeps all.
         seed: 64 bits.
+        min_p: least share of the likeliest token's probability, 0..1; 0 keeps all.
+        frequency_penalty: taken from a logit for each time its token stands in the output, -2..2.
+        presence_penalty: taken from the logit of each token that stands in the output, -2..2.
+        repetition_penalty: divides positive and multiplies negative logits of tokens that stand in
+            prompt or output, 0.01..10; 1 changes nothing.
+        logit_bias: (token id, what is added to its logit), ids ascending.
     """
 
     temperature: float
     top_p: float
     top_k: int
     seed: int
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+
+class ConstraintKind(enum.Enum):
+    """What a constraint was written as."""
+
+    JSON_OBJECT = "json_object"
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    GRAMMAR = "grammar"
+    CHOICES = "choices"
+    TOOLS = "tools"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constraint:
+    """What the whole output has to be. Checked: it compiles, and something matches it.
+
+    Attributes:
+        kind: what it was written as.
+        source: as it was written: JSON text, a regular expression, GBNF; a JSON list of texts for
+            CHOICES; empty for JSON_OBJECT and TOOLS.
+        grammar: the same for llguidance, for engines that enforce constraints with it.
+    """
+
+    kind: ConstraintKind
+    source: str
+    grammar: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """A LoRA adapter whose file has been found and has the digest that the catalog says.
+
+    Attributes:
+        name: "adapters/{adapter}".
+        path: of the file; None for an engine that reads none.
+        digest: "sha256:<hex>" of the file. Adapters with equal digests are the same.
+    """
+
+    name: str
+    path: Path | None
+    digest: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +118,19 @@ class EngineRequest:
         stop_token_ids: the output ends before any of these.
         ignore_eos: do not end at the model's own end of sequence.
         sampling: how tokens are drawn.
+        min_output_tokens: the model's own end of sequence is not drawn before there are so many
+            output tokens, continue_ids counted in.
+        constraint: what the output has to be; None for anything. It ends by itself where nothing
+            more may follow, with END_OF_SEQUENCE.
+        top_logprobs: alternatives with each output token's log-probability; 0 for the chosen
+            token's only, None for no log-probabilities.
+        prompt_logprobs: log-probabilities of the prompt too, with as many alternatives; the whole
+            prompt is then computed.
+        adapter: LoRA adapter to apply; None for none. It has been loaded by `load_adapter`; an
+            engine that has dropped it since loads it again.
+        cache_salt: only executions with equal salts (and equal adapters) share the prefix cache.
+        reads_cache: whether the prefix cache may be read.
+        is_background: it starts when nothing else waits.
     """
 
     prompt_ids: tuple[int, ...]
@@ -66,6 +139,14 @@ class EngineRequest:
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     sampling: Sampling
+    min_output_tokens: int = 0
+    constraint: Constraint | None = None
+    top_logprobs: int | None = None
+    prompt_logprobs: bool = False
+    adapter: Adapter | None = None
+    cache_salt: bytes = b""
+    reads_cache: bool = True
+    is_background: bool = False
 
 
 class EndReason(enum.Enum):
@@ -111,11 +192,14 @@ class Prefilled:
 
 @dataclass(slots=True)
 class TokenScores:
-    """Log-probabilities beside the token columns of a StepBatch, row by row.
+    """Log-probabilities beside token columns, row by row.
+
+    They are the model's own: before temperature, filters, penalties, bias and constraint.
 
     Attributes:
         logprobs: natural logarithm of each row's token; NaN where the lane did not ask.
-        top_count: alternatives K kept for each row; 0 for none.
+        top_count: alternatives K kept for each row, the most that any row asked for; a row that
+            asked for fewer has them first. 0 for none.
         top_token_ids: rows * K ids, best first; -1 pads.
         top_logprobs: rows * K natural logarithms; -inf pads.
     """
@@ -126,9 +210,24 @@ class TokenScores:
     top_logprobs: list[float] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class PromptScores:
+    """Log-probabilities of consecutive tokens of one prompt. Parts come in order.
+
+    Attributes:
+        lane: of the execution.
+        offset: place in the prompt of the first of them.
+        scores: one row for each. The first token of a prompt has NaN, and no alternatives.
+    """
+
+    lane: Lane
+    offset: int
+    scores: TokenScores
+
+
 @dataclass(slots=True)
 class StepBatch:
-    """All that happened since the batch before, in order: prefilled, tokens, ended.
+    """All that happened since the batch before, in order: prefilled, prompt_scores, tokens, ended.
 
     Attributes:
         lanes: lane of each row.
@@ -136,6 +235,7 @@ class StepBatch:
         ended: executions that ended in this batch, after their rows.
         prefilled: executions whose first row comes in this batch or later.
         scores: same rows as lanes; None when no lane asked.
+        prompt_scores: of executions whose first row comes in this batch or later.
     """
 
     lanes: list[Lane] = field(default_factory=list)
@@ -143,6 +243,40 @@ class StepBatch:
     ended: list[Ended] = field(default_factory=list)
     prefilled: list[Prefilled] = field(default_factory=list)
     scores: TokenScores | None = None
+    prompt_scores: list[PromptScores] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineAbilities:
+    """What an engine can do with its model; the worker never submits what it cannot.
+
+    Attributes:
+        constraints: kinds that it enforces.
+        min_p: likewise.
+        penalties: frequency_penalty and presence_penalty.
+        repetition_penalty: likewise.
+        logit_bias: likewise.
+        min_output_tokens: likewise.
+        ignore_eos: likewise.
+        max_top_logprobs: most alternatives; None when it gives no log-probabilities at all.
+        prompt_logprobs: likewise.
+        adapters: LoRA.
+        embedding_dimensions: numbers of an embedding; 0 when it makes none.
+        prompt_cache: it has a prefix cache, split by salt.
+    """
+
+    constraints: frozenset[ConstraintKind] = frozenset()
+    min_p: bool = False
+    penalties: bool = False
+    repetition_penalty: bool = False
+    logit_bias: bool = False
+    min_output_tokens: bool = False
+    ignore_eos: bool = False
+    max_top_logprobs: int | None = None
+    prompt_logprobs: bool = False
+    adapters: bool = False
+    embedding_dimensions: int = 0
+    prompt_cache: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +291,7 @@ class EngineInfo:
         vocabulary_size: token ids are 0 <= id < vocabulary_size.
         digest: "sha256:<hex>" of the weights file; empty when there is none.
         is_deterministic: same seed, prompt and position give the same token on any worker.
+        abilities: what it can do.
     """
 
     engine: str
@@ -166,6 +301,7 @@ class EngineInfo:
     vocabulary_size: int
     digest: str
     is_deterministic: bool
+    abilities: EngineAbilities = EngineAbilities()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +314,7 @@ class EngineLoad:
         waiting_tokens: prompt tokens whose prefill has not happened.
         kv_used_tokens: tokens in the KV cache.
         kv_total_tokens: tokens that fit.
+        resident_adapters: names of loaded adapters.
     """
 
     running: int | None
@@ -185,6 +322,7 @@ class EngineLoad:
     waiting_tokens: int | None
     kv_used_tokens: int | None
     kv_total_tokens: int | None
+    resident_adapters: tuple[str, ...] = ()
 
 
 class EngineDied(Exception):
@@ -193,6 +331,14 @@ class EngineDied(Exception):
 
 class EngineStartError(Exception):
     """The engine cannot start. The message tells an operator what to do."""
+
+
+class AdapterUnusable(Exception):
+    """The engine cannot load an adapter. The message is for operators and tenants."""
+
+
+class EmbeddingFailed(Exception):
+    """The engine could not embed these inputs; others are not concerned."""
 
 
 class Engine(Protocol):
@@ -228,6 +374,32 @@ class Engine(Protocol):
 
     def load(self) -> EngineLoad:
         """Measures the load without waiting."""
+        ...
+
+    async def load_adapter(self, adapter: Adapter) -> None:
+        """Loads an adapter, unless it is loaded. The engine drops the one unused for longest.
+
+        Raises:
+            AdapterUnusable: its file is no adapter, or not one of this model.
+            EngineDied: it is gone.
+        """
+        ...
+
+    async def embed(self, inputs: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
+        """Embeds prompts: the mean of the last layer's states, scaled to length 1.
+
+        Shares the engine with what it generates; the caller bounds how much. May be cancelled.
+
+        Args:
+            inputs: token ids; each at least one, and at most the context length.
+
+        Returns:
+            float32, shape (inputs, embedding_dimensions).
+
+        Raises:
+            EmbeddingFailed: these inputs cannot be embedded.
+            EngineDied: it is gone.
+        """
         ...
 
     async def stop(self) -> None:

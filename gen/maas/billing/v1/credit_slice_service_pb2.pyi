@@ -126,6 +126,26 @@ class Settlement(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     GENERATION_ID_FIELD_NUMBER: _builtins.int
     SLICE_ID_FIELD_NUMBER: _builtins.int
     ACCOUNT_FIELD_NUMBER: _builtins.int
@@ -140,6 +160,8 @@ class Settlement(_message.Message):
     END_TIME_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     REQUEST_SHA256_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    END_USER_FIELD_NUMBER: _builtins.int
     generation_id: _builtins.str
     """Key of the settlement."""
     slice_id: _builtins.str
@@ -164,6 +186,8 @@ class Settlement(_message.Message):
     """SHA-256 of what was asked for, with request_id: tells a repeat from a
     mistake.
     """
+    end_user: _builtins.str
+    """The caller's own id of whom the request was for."""
     @_builtins.property
     def usage(self) -> _usage_pb2.TokenUsage:
         """Counts released to the client."""
@@ -175,6 +199,10 @@ class Settlement(_message.Message):
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:
         """When it ended."""
+
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Labels of the request."""
 
     def __init__(
         self,
@@ -193,10 +221,12 @@ class Settlement(_message.Message):
         end_time: _timestamp_pb2.Timestamp | None = ...,
         request_id: _builtins.str = ...,
         request_sha256: _builtins.bytes = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        end_user: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "api_key", b"api_key", "end_cause", b"end_cause", "end_time", b"end_time", "generation_id", b"generation_id", "model_version", b"model_version", "offering", b"offering", "price", b"price", "project", b"project", "request_id", b"request_id", "request_sha256", b"request_sha256", "slice_id", b"slice_id", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "api_key", b"api_key", "end_cause", b"end_cause", "end_time", b"end_time", "end_user", b"end_user", "generation_id", b"generation_id", "labels", b"labels", "model_version", b"model_version", "offering", b"offering", "price", b"price", "project", b"project", "request_id", b"request_id", "request_sha256", b"request_sha256", "slice_id", b"slice_id", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

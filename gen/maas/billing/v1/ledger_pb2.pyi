@@ -3,9 +3,11 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from maas.common.v1 import money_pb2 as _money_pb2
 from maas.common.v1 import usage_pb2 as _usage_pb2
@@ -242,6 +244,7 @@ class Price(_message.Message):
     OUTPUT_PRICE_PER_MILLION_FIELD_NUMBER: _builtins.int
     EFFECTIVE_TIME_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    CACHED_INPUT_PRICE_PER_MILLION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"prices/{price}". Output only."""
     offering: _builtins.str
@@ -262,6 +265,12 @@ class Price(_message.Message):
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was created. Output only."""
 
+    @_builtins.property
+    def cached_input_price_per_million(self) -> _money_pb2.Money:
+        """Price of one million input tokens that the prefix cache had, at most that of
+        the others. Absent: that of the others.
+        """
+
     def __init__(
         self,
         *,
@@ -271,10 +280,11 @@ class Price(_message.Message):
         output_price_per_million: _money_pb2.Money | None = ...,
         effective_time: _timestamp_pb2.Timestamp | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        cached_input_price_per_million: _money_pb2.Money | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "effective_time", b"effective_time", "input_price_per_million", b"input_price_per_million", "output_price_per_million", b"output_price_per_million"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cached_input_price_per_million", b"cached_input_price_per_million", "create_time", b"create_time", "effective_time", b"effective_time", "input_price_per_million", b"input_price_per_million", "output_price_per_million", b"output_price_per_million"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "effective_time", b"effective_time", "input_price_per_million", b"input_price_per_million", "name", b"name", "offering", b"offering", "output_price_per_million", b"output_price_per_million"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_input_price_per_million", b"cached_input_price_per_million", "create_time", b"create_time", "effective_time", b"effective_time", "input_price_per_million", b"input_price_per_million", "name", b"name", "offering", b"offering", "output_price_per_million", b"output_price_per_million"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -285,6 +295,26 @@ class UsageRecord(_message.Message):
     """One settled generation. Never changes; there is exactly one per generation."""
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     NAME_FIELD_NUMBER: _builtins.int
     GENERATION_ID_FIELD_NUMBER: _builtins.int
@@ -300,6 +330,8 @@ class UsageRecord(_message.Message):
     END_TIME_FIELD_NUMBER: _builtins.int
     SETTLE_TIME_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    END_USER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"accounts/{account}/usageRecords/{generation_id}"."""
     generation_id: _builtins.str
@@ -318,6 +350,8 @@ class UsageRecord(_message.Message):
     """How the generation ended."""
     request_id: _builtins.str
     """Idempotency key of the request; empty when it had none."""
+    end_user: _builtins.str
+    """The caller's own id of whom the request was for."""
     @_builtins.property
     def usage(self) -> _usage_pb2.TokenUsage:
         """What was released to the client, whatever the cause of the end."""
@@ -338,6 +372,10 @@ class UsageRecord(_message.Message):
     def settle_time(self) -> _timestamp_pb2.Timestamp:
         """When it was settled."""
 
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Labels of the request."""
+
     def __init__(
         self,
         *,
@@ -355,10 +393,12 @@ class UsageRecord(_message.Message):
         end_time: _timestamp_pb2.Timestamp | None = ...,
         settle_time: _timestamp_pb2.Timestamp | None = ...,
         request_id: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        end_user: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "end_time", b"end_time", "settle_time", b"settle_time", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key", "charge", b"charge", "end_cause", b"end_cause", "end_time", b"end_time", "generation_id", b"generation_id", "model_version", b"model_version", "name", b"name", "offering", b"offering", "price", b"price", "project", b"project", "request_id", b"request_id", "settle_time", b"settle_time", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key", "charge", b"charge", "end_cause", b"end_cause", "end_time", b"end_time", "end_user", b"end_user", "generation_id", b"generation_id", "labels", b"labels", "model_version", b"model_version", "name", b"name", "offering", b"offering", "price", b"price", "project", b"project", "request_id", b"request_id", "settle_time", b"settle_time", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

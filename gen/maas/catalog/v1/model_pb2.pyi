@@ -184,3 +184,47 @@ class Offering(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__default_top_p) -> _WhichOneofReturnType__default_top_p | None: ...
 
 Global___Offering: _TypeAlias = Offering  # noqa: Y015
+
+@_typing.final
+class Adapter(_message.Message):
+    """A LoRA adapter for one model version. Never changes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    PROJECT_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"adapters/{adapter}". Output only."""
+    model_version: _builtins.str
+    """"models/{model}/versions/{version}" that it was made for."""
+    path: _builtins.str
+    """File, relative to the directory of adapters that workers are given."""
+    digest: _builtins.str
+    """"sha256:" and 64 hexadecimal digits over the file."""
+    project: _builtins.str
+    """"projects/{project}" that alone may use it; empty for all."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was created. Output only."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        model_version: _builtins.str = ...,
+        path: _builtins.str = ...,
+        digest: _builtins.str = ...,
+        project: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "digest", b"digest", "model_version", b"model_version", "name", b"name", "path", b"path", "project", b"project"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Adapter: _TypeAlias = Adapter  # noqa: Y015

@@ -31,6 +31,11 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_BAD_PAGE_TOKEN: _ErrorReason.ValueType  # 2
     """INVALID_ARGUMENT. The page token is malformed."""
+    ERROR_REASON_BAD_OUTPUT_CONSTRAINT: _ErrorReason.ValueType  # 3
+    """INVALID_ARGUMENT with BadRequest. The output constraint, or the schema of a
+    tool, is malformed, too large, or not one that the engine can enforce.
+    Keys: field.
+    """
     ERROR_REASON_CONTEXT_LENGTH_EXCEEDED: _ErrorReason.ValueType  # 4
     """INVALID_ARGUMENT with BadRequest. The prompt does not fit into the context
     window. Keys: tokens, limit.
@@ -125,6 +130,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION. The generation keeps no frames: it has neither a
     request_id nor DISCONNECT_POLICY_CONTINUE. Keys: generationId.
     """
+    ERROR_REASON_ADAPTER_UNUSABLE: _ErrorReason.ValueType  # 107
+    """FAILED_PRECONDITION. The worker cannot load the adapter: its file is missing,
+    is not what the catalog says, or does not fit the model. Keys: adapter.
+    """
     ERROR_REASON_SERVICE_UNAVAILABLE: _ErrorReason.ValueType  # 120
     """UNAVAILABLE with RetryInfo. The server starts, stops or has lost something
     that it depends on. Keys: dependency.
@@ -151,6 +160,11 @@ BAD_FORMAT, CONFLICTING, UNKNOWN_ENUM. Keys: field.
 """
 ERROR_REASON_BAD_PAGE_TOKEN: ErrorReason.ValueType  # 2
 """INVALID_ARGUMENT. The page token is malformed."""
+ERROR_REASON_BAD_OUTPUT_CONSTRAINT: ErrorReason.ValueType  # 3
+"""INVALID_ARGUMENT with BadRequest. The output constraint, or the schema of a
+tool, is malformed, too large, or not one that the engine can enforce.
+Keys: field.
+"""
 ERROR_REASON_CONTEXT_LENGTH_EXCEEDED: ErrorReason.ValueType  # 4
 """INVALID_ARGUMENT with BadRequest. The prompt does not fit into the context
 window. Keys: tokens, limit.
@@ -244,6 +258,10 @@ chargeNanos, currency.
 ERROR_REASON_NOT_RESUMABLE: ErrorReason.ValueType  # 106
 """FAILED_PRECONDITION. The generation keeps no frames: it has neither a
 request_id nor DISCONNECT_POLICY_CONTINUE. Keys: generationId.
+"""
+ERROR_REASON_ADAPTER_UNUSABLE: ErrorReason.ValueType  # 107
+"""FAILED_PRECONDITION. The worker cannot load the adapter: its file is missing,
+is not what the catalog says, or does not fit the model. Keys: adapter.
 """
 ERROR_REASON_SERVICE_UNAVAILABLE: ErrorReason.ValueType  # 120
 """UNAVAILABLE with RetryInfo. The server starts, stops or has lost something

@@ -26,19 +26,19 @@ from google.protobuf import descriptor_pb2 as google_dot_protobuf_dot_descriptor
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmaas/common/v1/options.proto\x12\x0emaas.common.v1\x1a google/protobuf/descriptor.proto\x1a\x1egoogle/protobuf/duration.proto\"\xb2\x01\n\x0cMethodPolicy\x12*\n\x08\x61udience\x18\x01 \x01(\x0e\x32\x18.maas.common.v1.Audience\x12\x12\n\npermission\x18\x02 \x01(\t\x12-\n\nretry_mode\x18\x03 \x01(\x0e\x32\x19.maas.common.v1.RetryMode\x12\x33\n\x10\x64\x65\x66\x61ult_deadline\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xc5\x01\n\nFieldRules\x12\x10\n\x08required\x18\x01 \x01(\x08\x12\x10\n\x03gte\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x03lte\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x16\n\tmax_bytes\x18\x04 \x01(\x04H\x02\x88\x01\x01\x12\x16\n\tmax_items\x18\x05 \x01(\x04H\x03\x88\x01\x01\x12\x0f\n\x07pattern\x18\x06 \x01(\t\x12\x14\n\x0c\x64\x65\x66ined_only\x18\x07 \x01(\x08\x42\x06\n\x04_gteB\x06\n\x04_lteB\x0c\n\n_max_bytesB\x0c\n\n_max_items*|\n\x08\x41udience\x12\x18\n\x14\x41UDIENCE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x41UDIENCE_PUBLIC\x10\x01\x12\x12\n\x0e\x41UDIENCE_ADMIN\x10\x02\x12\x15\n\x11\x41UDIENCE_INTERNAL\x10\x03\x12\x16\n\x12\x41UDIENCE_ANONYMOUS\x10\x04*r\n\tRetryMode\x12\x1a\n\x16RETRY_MODE_UNSPECIFIED\x10\x00\x12\x14\n\x10RETRY_MODE_NEVER\x10\x01\x12\x13\n\x0fRETRY_MODE_SAFE\x10\x02\x12\x1e\n\x1aRETRY_MODE_WITH_REQUEST_ID\x10\x03:U\n\rmethod_policy\x12\x1e.google.protobuf.MethodOptions\x18\xf1\x8c\x03 \x01(\x0b\x32\x1c.maas.common.v1.MethodPolicy:J\n\x05rules\x12\x1d.google.protobuf.FieldOptions\x18\xf2\x8c\x03 \x01(\x0b\x32\x1a.maas.common.v1.FieldRulesb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmaas/common/v1/options.proto\x12\x0emaas.common.v1\x1a google/protobuf/descriptor.proto\x1a\x1egoogle/protobuf/duration.proto\"\xb2\x01\n\x0cMethodPolicy\x12*\n\x08\x61udience\x18\x01 \x01(\x0e\x32\x18.maas.common.v1.Audience\x12\x12\n\npermission\x18\x02 \x01(\t\x12-\n\nretry_mode\x18\x03 \x01(\x0e\x32\x19.maas.common.v1.RetryMode\x12\x33\n\x10\x64\x65\x66\x61ult_deadline\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xd4\x01\n\nFieldRules\x12\x10\n\x08required\x18\x01 \x01(\x08\x12\x10\n\x03gte\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x03lte\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x16\n\tmax_bytes\x18\x04 \x01(\x04H\x02\x88\x01\x01\x12\x16\n\tmax_items\x18\x05 \x01(\x04H\x03\x88\x01\x01\x12\x0f\n\x07pattern\x18\x06 \x01(\t\x12\x14\n\x0c\x64\x65\x66ined_only\x18\x07 \x01(\x08\x12\r\n\x05needs\x18\x08 \x01(\tB\x06\n\x04_gteB\x06\n\x04_lteB\x0c\n\n_max_bytesB\x0c\n\n_max_items*|\n\x08\x41udience\x12\x18\n\x14\x41UDIENCE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x41UDIENCE_PUBLIC\x10\x01\x12\x12\n\x0e\x41UDIENCE_ADMIN\x10\x02\x12\x15\n\x11\x41UDIENCE_INTERNAL\x10\x03\x12\x16\n\x12\x41UDIENCE_ANONYMOUS\x10\x04*r\n\tRetryMode\x12\x1a\n\x16RETRY_MODE_UNSPECIFIED\x10\x00\x12\x14\n\x10RETRY_MODE_NEVER\x10\x01\x12\x13\n\x0fRETRY_MODE_SAFE\x10\x02\x12\x1e\n\x1aRETRY_MODE_WITH_REQUEST_ID\x10\x03:U\n\rmethod_policy\x12\x1e.google.protobuf.MethodOptions\x18\xf1\x8c\x03 \x01(\x0b\x32\x1c.maas.common.v1.MethodPolicy:J\n\x05rules\x12\x1d.google.protobuf.FieldOptions\x18\xf2\x8c\x03 \x01(\x0b\x32\x1a.maas.common.v1.FieldRulesb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'maas.common.v1.options_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_AUDIENCE']._serialized_start=495
-  _globals['_AUDIENCE']._serialized_end=619
-  _globals['_RETRYMODE']._serialized_start=621
-  _globals['_RETRYMODE']._serialized_end=735
+  _globals['_AUDIENCE']._serialized_start=510
+  _globals['_AUDIENCE']._serialized_end=634
+  _globals['_RETRYMODE']._serialized_start=636
+  _globals['_RETRYMODE']._serialized_end=750
   _globals['_METHODPOLICY']._serialized_start=115
   _globals['_METHODPOLICY']._serialized_end=293
   _globals['_FIELDRULES']._serialized_start=296
-  _globals['_FIELDRULES']._serialized_end=493
+  _globals['_FIELDRULES']._serialized_end=508
 # @@protoc_insertion_point(module_scope)

@@ -121,7 +121,10 @@ Global___MethodPolicy: _TypeAlias = MethodPolicy  # noqa: Y015
 
 @_typing.final
 class FieldRules(_message.Message):
-    """Limits of a field: the vocabulary of protovalidate that this suite needs."""
+    """Limits of a field: the vocabulary of protovalidate that this suite needs. On a
+    map, max_items counts its entries, max_bytes bounds keys and values, pattern is
+    that of the keys, and gte and lte are the bounds of the values.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -132,6 +135,7 @@ class FieldRules(_message.Message):
     MAX_ITEMS_FIELD_NUMBER: _builtins.int
     PATTERN_FIELD_NUMBER: _builtins.int
     DEFINED_ONLY_FIELD_NUMBER: _builtins.int
+    NEEDS_FIELD_NUMBER: _builtins.int
     required: _builtins.bool
     """The field has to be set: present where it has presence, else not empty and
     not zero. On a field of a oneof it applies once that field is chosen.
@@ -148,6 +152,11 @@ class FieldRules(_message.Message):
     """Regular expression that a non-empty string has to match as a whole."""
     defined_only: _builtins.bool
     """Enum values that the server does not know are refused."""
+    needs: _builtins.str
+    """Name of the flag of maas.common.v1.Capabilities that the field depends on
+    when it is set. A flag that is a number is the largest value, or the most
+    there can be.
+    """
     def __init__(
         self,
         *,
@@ -158,10 +167,11 @@ class FieldRules(_message.Message):
         max_items: _builtins.int | None = ...,
         pattern: _builtins.str = ...,
         defined_only: _builtins.bool = ...,
+        needs: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_gte", b"_gte", "_lte", b"_lte", "_max_bytes", b"_max_bytes", "_max_items", b"_max_items", "gte", b"gte", "lte", b"lte", "max_bytes", b"max_bytes", "max_items", b"max_items"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gte", b"_gte", "_lte", b"_lte", "_max_bytes", b"_max_bytes", "_max_items", b"_max_items", "defined_only", b"defined_only", "gte", b"gte", "lte", b"lte", "max_bytes", b"max_bytes", "max_items", b"max_items", "pattern", b"pattern", "required", b"required"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gte", b"_gte", "_lte", b"_lte", "_max_bytes", b"_max_bytes", "_max_items", b"_max_items", "defined_only", b"defined_only", "gte", b"gte", "lte", b"lte", "max_bytes", b"max_bytes", "max_items", b"max_items", "needs", b"needs", "pattern", b"pattern", "required", b"required"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gte: _TypeAlias = _typing.Literal["gte"]  # noqa: Y015
     _WhichOneofArgType__gte: _TypeAlias = _typing.Literal["_gte", b"_gte"]  # noqa: Y015

@@ -18,29 +18,37 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class TokenUsage(_message.Message):
-    """Token counts of one piece of work. The total is the sum of both fields and
-    is deliberately not a field.
+    """Token counts of one piece of work. The total is input_tokens plus
+    output_tokens and is deliberately not a field.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     INPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_INPUT_TOKENS_FIELD_NUMBER: _builtins.int
     OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    REASONING_TOKENS_FIELD_NUMBER: _builtins.int
     input_tokens: _builtins.int
-    """Tokens of the rendered prompt."""
+    """Tokens of the rendered prompt, those from the prefix cache among them."""
+    cached_input_tokens: _builtins.int
+    """The part of input_tokens that the prefix cache had."""
     output_tokens: _builtins.int
-    """Tokens released to the client. End-of-sequence and matched stop tokens are
-    not among them.
+    """Tokens released to the client, of all outputs. End-of-sequence and matched
+    stop tokens are not among them.
     """
+    reasoning_tokens: _builtins.int
+    """The part of output_tokens that is reasoning."""
     def __init__(
         self,
         *,
         input_tokens: _builtins.int = ...,
+        cached_input_tokens: _builtins.int = ...,
         output_tokens: _builtins.int = ...,
+        reasoning_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_tokens", b"input_tokens", "output_tokens", b"output_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_input_tokens", b"cached_input_tokens", "input_tokens", b"input_tokens", "output_tokens", b"output_tokens", "reasoning_tokens", b"reasoning_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -8,7 +8,11 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from maas.common.v1 import capabilities_pb2 as _capabilities_pb2
+from maas.inference.v1 import constraint_pb2 as _constraint_pb2
 from maas.inference.v1 import generation_pb2 as _generation_pb2
+from maas.inference.v1 import scores_pb2 as _scores_pb2
+from maas.inference.v1 import tools_pb2 as _tools_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -39,18 +43,38 @@ class Execution(_message.Message):
     BUDGET_FIELD_NUMBER: _builtins.int
     CHARGE_LIMIT_FIELD_NUMBER: _builtins.int
     OUTPUT_INTERVAL_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    MORE_LANES_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
+    CONSTRAINT_FIELD_NUMBER: _builtins.int
+    REASONING_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
+    BYPASS_CACHE_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    TIME_LIMIT_FIELD_NUMBER: _builtins.int
     lane: _builtins.int
     """Chosen by the gateway, unique among the running executions of the stream;
     free again once Ended has come.
     """
     execution_id: _builtins.str
-    """Unique per attempt. What worker and scheduler know the execution by."""
+    """Unique per attempt. What worker and scheduler know the execution by, however
+    many outputs it has.
+    """
     epoch: _builtins.int
     """From the slot. The worker refuses an epoch older than its own."""
     model_version: _builtins.str
     """"models/{model}/versions/{version}"."""
     text: _builtins.str
     """Text."""
+    cache_salt: _builtins.bytes
+    """Only executions with equal salts share the prefix cache. Made by the gateway
+    from a secret, the tenant and the tenant's own salt.
+    """
+    bypass_cache: _builtins.bool
+    """The prefix cache is not read."""
+    priority: _generation_pb2.PriorityClass.ValueType
+    """Who goes first when not all can run."""
     @_builtins.property
     def chat(self) -> _generation_pb2.ChatInput:
         """A conversation for the model's chat template."""
@@ -91,6 +115,36 @@ class Execution(_message.Message):
         later output: its reader collects it anyway. Absent: sent at once.
         """
 
+    @_builtins.property
+    def output(self) -> _generation_pb2.OutputOptions:
+        """What comes back besides text."""
+
+    @_builtins.property
+    def more_lanes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Lanes of outputs 1, 2, ...: one less than output.count. Output 0 has `lane`,
+        which also gets what is said of the prompt. Each lane has an Ended of its own.
+        """
+
+    @_builtins.property
+    def tools(self) -> _tools_pb2.ToolOptions:
+        """Functions that the model may call."""
+
+    @_builtins.property
+    def constraint(self) -> _constraint_pb2.OutputConstraint:
+        """What the output has to be."""
+
+    @_builtins.property
+    def reasoning(self) -> _generation_pb2.ReasoningOptions:
+        """Whether and how much the model thinks."""
+
+    @_builtins.property
+    def adapter(self) -> Global___AdapterRef:
+        """LoRA adapter to apply. Absent: none."""
+
+    @_builtins.property
+    def time_limit(self) -> _duration_pb2.Duration:
+        """Time left until the output ends with FINISH_REASON_TIME_LIMIT. Absent: none."""
+
     def __init__(
         self,
         *,
@@ -107,10 +161,20 @@ class Execution(_message.Message):
         budget: _duration_pb2.Duration | None = ...,
         charge_limit: Global___ChargeLimit | None = ...,
         output_interval: _duration_pb2.Duration | None = ...,
+        output: _generation_pb2.OutputOptions | None = ...,
+        more_lanes: _abc.Iterable[_builtins.int] | None = ...,
+        tools: _tools_pb2.ToolOptions | None = ...,
+        constraint: _constraint_pb2.OutputConstraint | None = ...,
+        reasoning: _generation_pb2.ReasoningOptions | None = ...,
+        adapter: Global___AdapterRef | None = ...,
+        cache_salt: _builtins.bytes = ...,
+        bypass_cache: _builtins.bool = ...,
+        priority: _generation_pb2.PriorityClass.ValueType = ...,
+        time_limit: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "charge_limit", b"charge_limit", "chat", b"chat", "input", b"input", "output_interval", b"output_interval", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "budget", b"budget", "charge_limit", b"charge_limit", "chat", b"chat", "constraint", b"constraint", "input", b"input", "output", b"output", "output_interval", b"output_interval", "reasoning", b"reasoning", "sampling", b"sampling", "stop", b"stop", "text", b"text", "time_limit", b"time_limit", "tokens", b"tokens", "tools", b"tools"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "charge_limit", b"charge_limit", "chat", b"chat", "continue_token_ids", b"continue_token_ids", "epoch", b"epoch", "execution_id", b"execution_id", "input", b"input", "lane", b"lane", "model_version", b"model_version", "output_interval", b"output_interval", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "budget", b"budget", "bypass_cache", b"bypass_cache", "cache_salt", b"cache_salt", "charge_limit", b"charge_limit", "chat", b"chat", "constraint", b"constraint", "continue_token_ids", b"continue_token_ids", "epoch", b"epoch", "execution_id", b"execution_id", "input", b"input", "lane", b"lane", "model_version", b"model_version", "more_lanes", b"more_lanes", "output", b"output", "output_interval", b"output_interval", "priority", b"priority", "reasoning", b"reasoning", "sampling", b"sampling", "stop", b"stop", "text", b"text", "time_limit", b"time_limit", "tokens", b"tokens", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["chat", "text", "tokens"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
@@ -119,9 +183,40 @@ class Execution(_message.Message):
 Global___Execution: _TypeAlias = Execution  # noqa: Y015
 
 @_typing.final
+class AdapterRef(_message.Message):
+    """A LoRA adapter, as the catalog has it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"adapters/{adapter}"."""
+    path: _builtins.str
+    """File, relative to the worker's directory of adapters."""
+    digest: _builtins.str
+    """"sha256:" and 64 hexadecimal digits over the file."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        path: _builtins.str = ...,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "name", b"name", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterRef: _TypeAlias = AdapterRef  # noqa: Y015
+
+@_typing.final
 class ChargeLimit(_message.Message):
     """A bound on ceil(input_tokens * input_price / 10^6) + ceil(output_tokens *
-    output_price / 10^6). The output ends with FINISH_REASON_CHARGE_LIMIT where it
+    output_price / 10^6), as if nothing of the prompt were cached. Several outputs
+    have equal shares of it. An output ends with FINISH_REASON_CHARGE_LIMIT where it
     would be exceeded; a prompt that leaves no room for one token is refused.
     """
 
@@ -156,8 +251,9 @@ class StepEvents(_message.Message):
     """Events of one or more engine steps of all executions of one stream, by
     column: the number of messages follows the steps of the engine and not the
     number of tokens. Row i of the token columns is lanes[i], token_counts[i] and
-    texts[i]; its tokens are the next token_counts[i] of token_ids. Order within a
-    message: accepted, then tokens, then ended.
+    texts[i]; its tokens are the next token_counts[i] of token_ids. What only some
+    rows have is listed with the number of its row. Order within a message:
+    accepted, prefilled, prompt_scores, then tokens, then ended.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -168,6 +264,10 @@ class StepEvents(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TEXTS_FIELD_NUMBER: _builtins.int
     ENDED_FIELD_NUMBER: _builtins.int
+    PREFILLED_FIELD_NUMBER: _builtins.int
+    SEGMENTS_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
+    PROMPT_SCORES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def accepted(self) -> _containers.RepeatedCompositeFieldContainer[Global___Accepted]:
         """Executions that the engine has queued."""
@@ -194,6 +294,24 @@ class StepEvents(_message.Message):
     def ended(self) -> _containers.RepeatedCompositeFieldContainer[Global___Ended]:
         """Executions that are over. Their lanes are free again."""
 
+    @_builtins.property
+    def prefilled(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prefilled]:
+        """Executions for which the prefix cache had a part of the prompt."""
+
+    @_builtins.property
+    def segments(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowSegments]:
+        """What rows show that is not, or not only, text of the answer. The texts of
+        these rows are empty.
+        """
+
+    @_builtins.property
+    def scores(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowScores]:
+        """Log-probabilities of rows, in the order of rows."""
+
+    @_builtins.property
+    def prompt_scores(self) -> _containers.RepeatedCompositeFieldContainer[Global___LanePromptScores]:
+        """Log-probabilities of prompts."""
+
     def __init__(
         self,
         *,
@@ -203,14 +321,166 @@ class StepEvents(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         texts: _abc.Iterable[_builtins.str] | None = ...,
         ended: _abc.Iterable[Global___Ended] | None = ...,
+        prefilled: _abc.Iterable[Global___Prefilled] | None = ...,
+        segments: _abc.Iterable[Global___RowSegments] | None = ...,
+        scores: _abc.Iterable[Global___RowScores] | None = ...,
+        prompt_scores: _abc.Iterable[Global___LanePromptScores] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "ended", b"ended", "lanes", b"lanes", "texts", b"texts", "token_counts", b"token_counts", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "ended", b"ended", "lanes", b"lanes", "prefilled", b"prefilled", "prompt_scores", b"prompt_scores", "scores", b"scores", "segments", b"segments", "texts", b"texts", "token_counts", b"token_counts", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepEvents: _TypeAlias = StepEvents  # noqa: Y015
+
+@_typing.final
+class Prefilled(_message.Message):
+    """The prompt has been computed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LANE_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    lane: _builtins.int
+    """Of output 0."""
+    cached_tokens: _builtins.int
+    """Tokens of the prompt that the prefix cache had."""
+    def __init__(
+        self,
+        *,
+        lane: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "lane", b"lane"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Prefilled: _TypeAlias = Prefilled  # noqa: Y015
+
+@_typing.final
+class RowSegments(_message.Message):
+    """What one row shows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROW_FIELD_NUMBER: _builtins.int
+    SEGMENTS_FIELD_NUMBER: _builtins.int
+    REASONING_TOKENS_FIELD_NUMBER: _builtins.int
+    row: _builtins.int
+    """0-based number of the row."""
+    reasoning_tokens: _builtins.int
+    """Tokens of the row that are reasoning."""
+    @_builtins.property
+    def segments(self) -> _containers.RepeatedCompositeFieldContainer[Global___Segment]:
+        """In order."""
+
+    def __init__(
+        self,
+        *,
+        row: _builtins.int = ...,
+        segments: _abc.Iterable[Global___Segment] | None = ...,
+        reasoning_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reasoning_tokens", b"reasoning_tokens", "row", b"row", "segments", b"segments"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RowSegments: _TypeAlias = RowSegments  # noqa: Y015
+
+@_typing.final
+class Segment(_message.Message):
+    """A piece of output of one kind."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    REASONING_FIELD_NUMBER: _builtins.int
+    TOOL_CALL_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """Text of the answer."""
+    reasoning: _builtins.str
+    """Reasoning."""
+    @_builtins.property
+    def tool_call(self) -> _tools_pb2.ToolCallDelta:
+        """A part of a tool call."""
+
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        reasoning: _builtins.str = ...,
+        tool_call: _tools_pb2.ToolCallDelta | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "reasoning", b"reasoning", "text", b"text", "tool_call", b"tool_call"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "reasoning", b"reasoning", "text", b"text", "tool_call", b"tool_call"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["text", "reasoning", "tool_call"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___Segment: _TypeAlias = Segment  # noqa: Y015
+
+@_typing.final
+class RowScores(_message.Message):
+    """Log-probabilities of one row."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROW_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
+    row: _builtins.int
+    """0-based number of the row."""
+    @_builtins.property
+    def scores(self) -> _scores_pb2.TokenScores:
+        """Of all its tokens."""
+
+    def __init__(
+        self,
+        *,
+        row: _builtins.int = ...,
+        scores: _scores_pb2.TokenScores | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["scores", b"scores"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["row", b"row", "scores", b"scores"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RowScores: _TypeAlias = RowScores  # noqa: Y015
+
+@_typing.final
+class LanePromptScores(_message.Message):
+    """Log-probabilities of a prompt, possibly in several parts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LANE_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
+    lane: _builtins.int
+    """Of output 0."""
+    @_builtins.property
+    def scores(self) -> _scores_pb2.PromptScores:
+        """A part, in order."""
+
+    def __init__(
+        self,
+        *,
+        lane: _builtins.int = ...,
+        scores: _scores_pb2.PromptScores | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["scores", b"scores"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lane", b"lane", "scores", b"scores"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LanePromptScores: _TypeAlias = LanePromptScores  # noqa: Y015
 
 @_typing.final
 class Accepted(_message.Message):
@@ -344,6 +614,7 @@ class EngineInfo(_message.Message):
     MAX_WAITING_FIELD_NUMBER: _builtins.int
     VOCABULARY_SIZE_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    CAPABILITIES_FIELD_NUMBER: _builtins.int
     engine: _builtins.str
     """"sim", "llamacpp", ..."""
     engine_version: _builtins.str
@@ -362,6 +633,10 @@ class EngineInfo(_message.Message):
     def model_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """"models/{model}/versions/{version}" that the worker serves."""
 
+    @_builtins.property
+    def capabilities(self) -> _capabilities_pb2.Capabilities:
+        """What it can do."""
+
     def __init__(
         self,
         *,
@@ -373,10 +648,11 @@ class EngineInfo(_message.Message):
         max_waiting: _builtins.int = ...,
         vocabulary_size: _builtins.int = ...,
         digest: _builtins.str = ...,
+        capabilities: _capabilities_pb2.Capabilities | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "digest", b"digest", "engine", b"engine", "engine_version", b"engine_version", "max_running", b"max_running", "max_waiting", b"max_waiting", "model_versions", b"model_versions", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "context_length", b"context_length", "digest", b"digest", "engine", b"engine", "engine_version", b"engine_version", "max_running", b"max_running", "max_waiting", b"max_waiting", "model_versions", b"model_versions", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -393,6 +669,7 @@ class LoadReport(_message.Message):
     WAITING_TOKENS_FIELD_NUMBER: _builtins.int
     KV_USED_TOKENS_FIELD_NUMBER: _builtins.int
     KV_TOTAL_TOKENS_FIELD_NUMBER: _builtins.int
+    RESIDENT_ADAPTERS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Executions in the batch."""
     waiting: _builtins.int
@@ -403,6 +680,10 @@ class LoadReport(_message.Message):
     """Tokens in the KV cache."""
     kv_total_tokens: _builtins.int
     """Tokens that fit into the KV cache."""
+    @_builtins.property
+    def resident_adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """"adapters/{adapter}" that are loaded."""
+
     def __init__(
         self,
         *,
@@ -411,10 +692,11 @@ class LoadReport(_message.Message):
         waiting_tokens: _builtins.int | None = ...,
         kv_used_tokens: _builtins.int | None = ...,
         kv_total_tokens: _builtins.int | None = ...,
+        resident_adapters: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_total_tokens", b"_kv_total_tokens", "_kv_used_tokens", b"_kv_used_tokens", "_running", b"_running", "_waiting", b"_waiting", "_waiting_tokens", b"_waiting_tokens", "kv_total_tokens", b"kv_total_tokens", "kv_used_tokens", b"kv_used_tokens", "running", b"running", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_total_tokens", b"_kv_total_tokens", "_kv_used_tokens", b"_kv_used_tokens", "_running", b"_running", "_waiting", b"_waiting", "_waiting_tokens", b"_waiting_tokens", "kv_total_tokens", b"kv_total_tokens", "kv_used_tokens", b"kv_used_tokens", "running", b"running", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_total_tokens", b"_kv_total_tokens", "_kv_used_tokens", b"_kv_used_tokens", "_running", b"_running", "_waiting", b"_waiting", "_waiting_tokens", b"_waiting_tokens", "kv_total_tokens", b"kv_total_tokens", "kv_used_tokens", b"kv_used_tokens", "resident_adapters", b"resident_adapters", "running", b"running", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__kv_total_tokens: _TypeAlias = _typing.Literal["kv_total_tokens"]  # noqa: Y015
     _WhichOneofArgType__kv_total_tokens: _TypeAlias = _typing.Literal["_kv_total_tokens", b"_kv_total_tokens"]  # noqa: Y015

@@ -45,6 +45,26 @@ class EngineServiceStub(object):
                 request_serializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.AbortRequest.SerializeToString,
                 response_deserializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.AbortResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/maas.engine.v1.EngineService/Embed',
+                request_serializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.EmbedResponse.FromString,
+                _registered_method=True)
+        self.CountTokens = channel.unary_unary(
+                '/maas.engine.v1.EngineService/CountTokens',
+                request_serializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.CountTokensRequest.SerializeToString,
+                response_deserializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.CountTokensResponse.FromString,
+                _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/maas.engine.v1.EngineService/Tokenize',
+                request_serializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/maas.engine.v1.EngineService/Detokenize',
+                request_serializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
         self.GetEngineInfo = channel.unary_unary(
                 '/maas.engine.v1.EngineService/GetEngineInfo',
                 request_serializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.GetEngineInfoRequest.SerializeToString,
@@ -76,6 +96,35 @@ class EngineServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """Embeds inputs. Takes one place of the worker while it runs, under the
+        execution_id of its slot.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CountTokens(self, request, context):
+        """Makes the prompt of an execution, and checks all of it, without running it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Tokenize(self, request, context):
+        """Turns text into token ids.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Turns token ids into text.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetEngineInfo(self, request, context):
         """Describes the worker.
         """
@@ -102,6 +151,26 @@ def add_EngineServiceServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.AbortRequest.FromString,
                     response_serializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.AbortResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.EmbedRequest.FromString,
+                    response_serializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.EmbedResponse.SerializeToString,
+            ),
+            'CountTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.CountTokens,
+                    request_deserializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.CountTokensRequest.FromString,
+                    response_serializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.CountTokensResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.TokenizeRequest.FromString,
+                    response_serializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.DetokenizeRequest.FromString,
+                    response_serializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.DetokenizeResponse.SerializeToString,
             ),
             'GetEngineInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetEngineInfo,
@@ -169,6 +238,114 @@ class EngineService(object):
             '/maas.engine.v1.EngineService/Abort',
             maas_dot_engine_dot_v1_dot_engine__service__pb2.AbortRequest.SerializeToString,
             maas_dot_engine_dot_v1_dot_engine__service__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/maas.engine.v1.EngineService/Embed',
+            maas_dot_engine_dot_v1_dot_engine__service__pb2.EmbedRequest.SerializeToString,
+            maas_dot_engine_dot_v1_dot_engine__service__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CountTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/maas.engine.v1.EngineService/CountTokens',
+            maas_dot_engine_dot_v1_dot_engine__service__pb2.CountTokensRequest.SerializeToString,
+            maas_dot_engine_dot_v1_dot_engine__service__pb2.CountTokensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/maas.engine.v1.EngineService/Tokenize',
+            maas_dot_engine_dot_v1_dot_engine__service__pb2.TokenizeRequest.SerializeToString,
+            maas_dot_engine_dot_v1_dot_engine__service__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/maas.engine.v1.EngineService/Detokenize',
+            maas_dot_engine_dot_v1_dot_engine__service__pb2.DetokenizeRequest.SerializeToString,
+            maas_dot_engine_dot_v1_dot_engine__service__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,16 @@ class EngineServiceStub:
     """
     Abort: _grpc.UnaryUnaryMultiCallable[_engine_service_pb2.AbortRequest, _engine_service_pb2.AbortResponse]
     """Stops executions, whoever started them."""
+    Embed: _grpc.UnaryUnaryMultiCallable[_engine_service_pb2.EmbedRequest, _engine_service_pb2.EmbedResponse]
+    """Embeds inputs. Takes one place of the worker while it runs, under the
+    execution_id of its slot.
+    """
+    CountTokens: _grpc.UnaryUnaryMultiCallable[_engine_service_pb2.CountTokensRequest, _engine_service_pb2.CountTokensResponse]
+    """Makes the prompt of an execution, and checks all of it, without running it."""
+    Tokenize: _grpc.UnaryUnaryMultiCallable[_engine_service_pb2.TokenizeRequest, _engine_service_pb2.TokenizeResponse]
+    """Turns text into token ids."""
+    Detokenize: _grpc.UnaryUnaryMultiCallable[_engine_service_pb2.DetokenizeRequest, _engine_service_pb2.DetokenizeResponse]
+    """Turns token ids into text."""
     GetEngineInfo: _grpc.UnaryUnaryMultiCallable[_engine_service_pb2.GetEngineInfoRequest, _engine_service_pb2.GetEngineInfoResponse]
     """Describes the worker."""
     GetLoad: _grpc.UnaryUnaryMultiCallable[_engine_service_pb2.GetLoadRequest, _engine_service_pb2.GetLoadResponse]
@@ -55,6 +65,16 @@ class EngineServiceAsyncStub(EngineServiceStub):
     """
     Abort: _aio.UnaryUnaryMultiCallable[_engine_service_pb2.AbortRequest, _engine_service_pb2.AbortResponse]  # type: ignore[assignment]
     """Stops executions, whoever started them."""
+    Embed: _aio.UnaryUnaryMultiCallable[_engine_service_pb2.EmbedRequest, _engine_service_pb2.EmbedResponse]  # type: ignore[assignment]
+    """Embeds inputs. Takes one place of the worker while it runs, under the
+    execution_id of its slot.
+    """
+    CountTokens: _aio.UnaryUnaryMultiCallable[_engine_service_pb2.CountTokensRequest, _engine_service_pb2.CountTokensResponse]  # type: ignore[assignment]
+    """Makes the prompt of an execution, and checks all of it, without running it."""
+    Tokenize: _aio.UnaryUnaryMultiCallable[_engine_service_pb2.TokenizeRequest, _engine_service_pb2.TokenizeResponse]  # type: ignore[assignment]
+    """Turns text into token ids."""
+    Detokenize: _aio.UnaryUnaryMultiCallable[_engine_service_pb2.DetokenizeRequest, _engine_service_pb2.DetokenizeResponse]  # type: ignore[assignment]
+    """Turns token ids into text."""
     GetEngineInfo: _aio.UnaryUnaryMultiCallable[_engine_service_pb2.GetEngineInfoRequest, _engine_service_pb2.GetEngineInfoResponse]  # type: ignore[assignment]
     """Describes the worker."""
     GetLoad: _aio.UnaryUnaryMultiCallable[_engine_service_pb2.GetLoadRequest, _engine_service_pb2.GetLoadResponse]  # type: ignore[assignment]
@@ -80,6 +100,40 @@ class EngineServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_engine_service_pb2.AbortResponse, _abc.Awaitable[_engine_service_pb2.AbortResponse]]:
         """Stops executions, whoever started them."""
+
+    @_abc_1.abstractmethod
+    def Embed(
+        self,
+        request: _engine_service_pb2.EmbedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_service_pb2.EmbedResponse, _abc.Awaitable[_engine_service_pb2.EmbedResponse]]:
+        """Embeds inputs. Takes one place of the worker while it runs, under the
+        execution_id of its slot.
+        """
+
+    @_abc_1.abstractmethod
+    def CountTokens(
+        self,
+        request: _engine_service_pb2.CountTokensRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_service_pb2.CountTokensResponse, _abc.Awaitable[_engine_service_pb2.CountTokensResponse]]:
+        """Makes the prompt of an execution, and checks all of it, without running it."""
+
+    @_abc_1.abstractmethod
+    def Tokenize(
+        self,
+        request: _engine_service_pb2.TokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_service_pb2.TokenizeResponse, _abc.Awaitable[_engine_service_pb2.TokenizeResponse]]:
+        """Turns text into token ids."""
+
+    @_abc_1.abstractmethod
+    def Detokenize(
+        self,
+        request: _engine_service_pb2.DetokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_service_pb2.DetokenizeResponse, _abc.Awaitable[_engine_service_pb2.DetokenizeResponse]]:
+        """Turns token ids into text."""
 
     @_abc_1.abstractmethod
     def GetEngineInfo(

@@ -12,6 +12,9 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from maas.common.v1 import money_pb2 as _money_pb2
 from maas.common.v1 import usage_pb2 as _usage_pb2
+from maas.inference.v1 import constraint_pb2 as _constraint_pb2
+from maas.inference.v1 import scores_pb2 as _scores_pb2
+from maas.inference.v1 import tools_pb2 as _tools_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -33,10 +36,16 @@ class _RoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Role.ValueType],
     """Never used."""
     ROLE_SYSTEM: _Role.ValueType  # 1
     """Instructions to the model."""
+    ROLE_DEVELOPER: _Role.ValueType  # 2
+    """Instructions of the application, for models that tell them from the
+    system's; others get them as the system's.
+    """
     ROLE_USER: _Role.ValueType  # 3
     """A person."""
     ROLE_ASSISTANT: _Role.ValueType  # 4
     """The model."""
+    ROLE_TOOL: _Role.ValueType  # 5
+    """A tool, which answers a call."""
 
 class Role(_Role, metaclass=_RoleEnumTypeWrapper):
     """Who speaks."""
@@ -45,11 +54,69 @@ ROLE_UNSPECIFIED: Role.ValueType  # 0
 """Never used."""
 ROLE_SYSTEM: Role.ValueType  # 1
 """Instructions to the model."""
+ROLE_DEVELOPER: Role.ValueType  # 2
+"""Instructions of the application, for models that tell them from the
+system's; others get them as the system's.
+"""
 ROLE_USER: Role.ValueType  # 3
 """A person."""
 ROLE_ASSISTANT: Role.ValueType  # 4
 """The model."""
+ROLE_TOOL: Role.ValueType  # 5
+"""A tool, which answers a call."""
 Global___Role: _TypeAlias = Role  # noqa: Y015
+
+class _PriorityClass:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PriorityClassEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PriorityClass.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRIORITY_CLASS_UNSPECIFIED: _PriorityClass.ValueType  # 0
+    """As PRIORITY_CLASS_STANDARD."""
+    PRIORITY_CLASS_STANDARD: _PriorityClass.ValueType  # 1
+    """Somebody waits for it."""
+    PRIORITY_CLASS_BACKGROUND: _PriorityClass.ValueType  # 2
+    """Nobody waits for it: it starts when nothing of the standard class waits."""
+
+class PriorityClass(_PriorityClass, metaclass=_PriorityClassEnumTypeWrapper):
+    """Who goes first when not all can run."""
+
+PRIORITY_CLASS_UNSPECIFIED: PriorityClass.ValueType  # 0
+"""As PRIORITY_CLASS_STANDARD."""
+PRIORITY_CLASS_STANDARD: PriorityClass.ValueType  # 1
+"""Somebody waits for it."""
+PRIORITY_CLASS_BACKGROUND: PriorityClass.ValueType  # 2
+"""Nobody waits for it: it starts when nothing of the standard class waits."""
+Global___PriorityClass: _TypeAlias = PriorityClass  # noqa: Y015
+
+class _ReasoningEffort:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ReasoningEffortEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReasoningEffort.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REASONING_EFFORT_UNSPECIFIED: _ReasoningEffort.ValueType  # 0
+    """Left to the model's template."""
+    REASONING_EFFORT_LOW: _ReasoningEffort.ValueType  # 1
+    """Little."""
+    REASONING_EFFORT_MEDIUM: _ReasoningEffort.ValueType  # 2
+    """Some."""
+    REASONING_EFFORT_HIGH: _ReasoningEffort.ValueType  # 3
+    """Much."""
+
+class ReasoningEffort(_ReasoningEffort, metaclass=_ReasoningEffortEnumTypeWrapper):
+    """How much the model thinks."""
+
+REASONING_EFFORT_UNSPECIFIED: ReasoningEffort.ValueType  # 0
+"""Left to the model's template."""
+REASONING_EFFORT_LOW: ReasoningEffort.ValueType  # 1
+"""Little."""
+REASONING_EFFORT_MEDIUM: ReasoningEffort.ValueType  # 2
+"""Some."""
+REASONING_EFFORT_HIGH: ReasoningEffort.ValueType  # 3
+"""Much."""
+Global___ReasoningEffort: _TypeAlias = ReasoningEffort  # noqa: Y015
 
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -67,6 +134,10 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """max_output_tokens are reached."""
     FINISH_REASON_CONTEXT_FULL: _FinishReason.ValueType  # 4
     """The context window is full."""
+    FINISH_REASON_TOOL_CALLS: _FinishReason.ValueType  # 5
+    """The model has called tools and waits for their results."""
+    FINISH_REASON_TIME_LIMIT: _FinishReason.ValueType  # 6
+    """max_duration has passed."""
     FINISH_REASON_CHARGE_LIMIT: _FinishReason.ValueType  # 7
     """One more token would cost more than max_charge."""
 
@@ -83,6 +154,10 @@ FINISH_REASON_MAX_TOKENS: FinishReason.ValueType  # 3
 """max_output_tokens are reached."""
 FINISH_REASON_CONTEXT_FULL: FinishReason.ValueType  # 4
 """The context window is full."""
+FINISH_REASON_TOOL_CALLS: FinishReason.ValueType  # 5
+"""The model has called tools and waits for their results."""
+FINISH_REASON_TIME_LIMIT: FinishReason.ValueType  # 6
+"""max_duration has passed."""
 FINISH_REASON_CHARGE_LIMIT: FinishReason.ValueType  # 7
 """One more token would cost more than max_charge."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
@@ -93,6 +168,26 @@ class GenerationSpec(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     MODEL_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
@@ -100,11 +195,26 @@ class GenerationSpec(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
+    CONSTRAINT_FIELD_NUMBER: _builtins.int
+    REASONING_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    MAX_DURATION_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    END_USER_FIELD_NUMBER: _builtins.int
     MAX_CHARGE_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Offering to call: its id, or "offerings/{offering}"."""
     text: _builtins.str
     """Text, used as it is, without a template."""
+    adapter: _builtins.str
+    """"adapters/{adapter}" to apply: one of the caller's project, or a shared one."""
+    end_user: _builtins.str
+    """The caller's own id of whom the generation is for. Copied to the usage record."""
+    priority: Global___PriorityClass.ValueType
+    """Who goes first when not all can run."""
     @_builtins.property
     def chat(self) -> Global___ChatInput:
         """A conversation, rendered with the model's chat template."""
@@ -126,6 +236,33 @@ class GenerationSpec(_message.Message):
         """What comes back besides text."""
 
     @_builtins.property
+    def tools(self) -> _tools_pb2.ToolOptions:
+        """Functions that the model may call; with chat only."""
+
+    @_builtins.property
+    def constraint(self) -> _constraint_pb2.OutputConstraint:
+        """What the output has to be."""
+
+    @_builtins.property
+    def reasoning(self) -> Global___ReasoningOptions:
+        """Whether and how much the model thinks; with chat only."""
+
+    @_builtins.property
+    def cache(self) -> Global___CacheOptions:
+        """How the prefix cache is used."""
+
+    @_builtins.property
+    def max_duration(self) -> _duration_pb2.Duration:
+        """Longest time from the call's arrival on, at least one millisecond and at most
+        a day. Then the output ends with FINISH_REASON_TIME_LIMIT, and the call well.
+        Absent: no limit but the deadline.
+        """
+
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Copied to the usage record."""
+
+    @_builtins.property
     def max_charge(self) -> _money_pb2.Money:
         """Most that the generation may cost, in the currency of its price. The output
         ends with FINISH_REASON_CHARGE_LIMIT before the token that would exceed it;
@@ -142,11 +279,20 @@ class GenerationSpec(_message.Message):
         sampling: Global___SamplingOptions | None = ...,
         stop: Global___StopOptions | None = ...,
         output: Global___OutputOptions | None = ...,
+        tools: _tools_pb2.ToolOptions | None = ...,
+        constraint: _constraint_pb2.OutputConstraint | None = ...,
+        reasoning: Global___ReasoningOptions | None = ...,
+        cache: Global___CacheOptions | None = ...,
+        adapter: _builtins.str = ...,
+        max_duration: _duration_pb2.Duration | None = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        end_user: _builtins.str = ...,
         max_charge: _money_pb2.Money | None = ...,
+        priority: Global___PriorityClass.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "max_charge", b"max_charge", "output", b"output", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "chat", b"chat", "constraint", b"constraint", "input", b"input", "max_charge", b"max_charge", "max_duration", b"max_duration", "output", b"output", "reasoning", b"reasoning", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens", "tools", b"tools"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "max_charge", b"max_charge", "model", b"model", "output", b"output", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cache", b"cache", "chat", b"chat", "constraint", b"constraint", "end_user", b"end_user", "input", b"input", "labels", b"labels", "max_charge", b"max_charge", "max_duration", b"max_duration", "model", b"model", "output", b"output", "priority", b"priority", "reasoning", b"reasoning", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["chat", "text", "tokens"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
@@ -161,6 +307,14 @@ class ChatInput(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGES_FIELD_NUMBER: _builtins.int
+    TEMPLATE_VARIABLES_JSON_FIELD_NUMBER: _builtins.int
+    CONTINUE_LAST_MESSAGE_FIELD_NUMBER: _builtins.int
+    template_variables_json: _builtins.str
+    """More variables for the chat template: a JSON object, as text. Names that the
+    server sets itself are refused.
+    """
+    continue_last_message: _builtins.bool
+    """The last message, of the assistant, is unfinished: the output goes on with it."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
         """Turns, oldest first."""
@@ -169,10 +323,12 @@ class ChatInput(_message.Message):
         self,
         *,
         messages: _abc.Iterable[Global___ChatMessage] | None = ...,
+        template_variables_json: _builtins.str = ...,
+        continue_last_message: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["continue_last_message", b"continue_last_message", "messages", b"messages", "template_variables_json", b"template_variables_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -180,27 +336,43 @@ Global___ChatInput: _TypeAlias = ChatInput  # noqa: Y015
 
 @_typing.final
 class ChatMessage(_message.Message):
-    """One turn."""
+    """One turn. It has parts, tool_calls or both."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ROLE_FIELD_NUMBER: _builtins.int
     PARTS_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    TOOL_CALLS_FIELD_NUMBER: _builtins.int
+    TOOL_CALL_ID_FIELD_NUMBER: _builtins.int
     role: Global___Role.ValueType
     """Who speaks."""
+    name: _builtins.str
+    """Who speaks, for templates that use it."""
+    tool_call_id: _builtins.str
+    """Of the call that this message answers; with ROLE_TOOL only, and required
+    there.
+    """
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContentPart]:
         """Content, in order."""
+
+    @_builtins.property
+    def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[_tools_pb2.ToolCall]:
+        """Calls that the assistant made in this turn."""
 
     def __init__(
         self,
         *,
         role: Global___Role.ValueType = ...,
         parts: _abc.Iterable[Global___ContentPart] | None = ...,
+        name: _builtins.str = ...,
+        tool_calls: _abc.Iterable[_tools_pb2.ToolCall] | None = ...,
+        tool_call_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "parts", b"parts", "role", b"role", "tool_call_id", b"tool_call_id", "tool_calls", b"tool_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -213,18 +385,22 @@ class ContentPart(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TEXT_FIELD_NUMBER: _builtins.int
+    REASONING_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text."""
+    reasoning: _builtins.str
+    """Reasoning of an earlier turn of the assistant, handed back."""
     def __init__(
         self,
         *,
         text: _builtins.str = ...,
+        reasoning: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["part", b"part", "text", b"text"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["part", b"part", "reasoning", b"reasoning", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["part", b"part", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["part", b"part", "reasoning", b"reasoning", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["text"]  # noqa: Y015
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["text", "reasoning"]  # noqa: Y015
     _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
 
@@ -260,32 +436,87 @@ class SamplingOptions(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LogitBiasEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     TEMPERATURE_FIELD_NUMBER: _builtins.int
     TOP_P_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
+    MIN_P_FIELD_NUMBER: _builtins.int
+    FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
+    PRESENCE_PENALTY_FIELD_NUMBER: _builtins.int
+    REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    LOGIT_BIAS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """0 always takes the likeliest token."""
     top_p: _builtins.float
     """Draw among the likeliest tokens that together have this probability."""
     top_k: _builtins.int
     """Draw among this many of the likeliest tokens; 0 switches the limit off."""
+    min_p: _builtins.float
+    """Draw among the tokens that have at least this share of the likeliest one's
+    probability, after temperature; 0 switches the limit off.
+    """
+    frequency_penalty: _builtins.float
+    """Taken from a token's logit for each time that it stands in the output."""
+    presence_penalty: _builtins.float
+    """Taken from the logit of every token that stands in the output."""
+    repetition_penalty: _builtins.float
+    """Divides positive and multiplies negative logits of every token that stands in
+    the prompt or the output; 1 switches it off.
+    """
     seed: _builtins.int
     """Each output position draws its randomness from the seed and the position.
-    Unset: the server picks one and says it in Started.
+    Unset: the server picks one and says it in Started. Of several outputs each
+    has a seed of its own, made of this one and its number; output 0 has this one.
     """
+    @_builtins.property
+    def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
+        """Added to the logits of these tokens."""
+
     def __init__(
         self,
         *,
         temperature: _builtins.float | None = ...,
         top_p: _builtins.float | None = ...,
         top_k: _builtins.int | None = ...,
+        min_p: _builtins.float | None = ...,
+        frequency_penalty: _builtins.float | None = ...,
+        presence_penalty: _builtins.float | None = ...,
+        repetition_penalty: _builtins.float | None = ...,
         seed: _builtins.int | None = ...,
+        logit_bias: _abc.Mapping[_builtins.int, _builtins.float] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_min_p", b"_min_p", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty", "_min_p", b"_min_p", "_presence_penalty", b"_presence_penalty", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__frequency_penalty: _TypeAlias = _typing.Literal["frequency_penalty"]  # noqa: Y015
+    _WhichOneofArgType__frequency_penalty: _TypeAlias = _typing.Literal["_frequency_penalty", b"_frequency_penalty"]  # noqa: Y015
+    _WhichOneofReturnType__min_p: _TypeAlias = _typing.Literal["min_p"]  # noqa: Y015
+    _WhichOneofArgType__min_p: _TypeAlias = _typing.Literal["_min_p", b"_min_p"]  # noqa: Y015
+    _WhichOneofReturnType__presence_penalty: _TypeAlias = _typing.Literal["presence_penalty"]  # noqa: Y015
+    _WhichOneofArgType__presence_penalty: _TypeAlias = _typing.Literal["_presence_penalty", b"_presence_penalty"]  # noqa: Y015
+    _WhichOneofReturnType__repetition_penalty: _TypeAlias = _typing.Literal["repetition_penalty"]  # noqa: Y015
+    _WhichOneofArgType__repetition_penalty: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
@@ -294,6 +525,14 @@ class SamplingOptions(_message.Message):
     _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
     _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
     _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__frequency_penalty) -> _WhichOneofReturnType__frequency_penalty | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_p) -> _WhichOneofReturnType__min_p | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__presence_penalty) -> _WhichOneofReturnType__presence_penalty | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__repetition_penalty) -> _WhichOneofReturnType__repetition_penalty | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
@@ -312,11 +551,19 @@ class StopOptions(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MAX_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    MIN_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     STOP_SEQUENCES_FIELD_NUMBER: _builtins.int
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    INCLUDE_STOP_FIELD_NUMBER: _builtins.int
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     max_output_tokens: _builtins.int
-    """Most output tokens; unset means the offering's default."""
+    """Most tokens of each output; unset means the offering's default."""
+    min_output_tokens: _builtins.int
+    """The model may not end an output by itself before it has so many tokens; at
+    most max_output_tokens. Stop sequences and stop token ids end it all the same.
+    """
+    include_stop: _builtins.bool
+    """The stop sequence that matched stays in the output, and its tokens count."""
     ignore_eos: _builtins.bool
     """Go on past the model's own end of sequence, for measurements."""
     @_builtins.property
@@ -331,17 +578,24 @@ class StopOptions(_message.Message):
         self,
         *,
         max_output_tokens: _builtins.int | None = ...,
+        min_output_tokens: _builtins.int | None = ...,
         stop_sequences: _abc.Iterable[_builtins.str] | None = ...,
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        include_stop: _builtins.bool = ...,
         ignore_eos: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_output_tokens", b"_max_output_tokens", "max_output_tokens", b"max_output_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_output_tokens", b"_max_output_tokens", "_min_output_tokens", b"_min_output_tokens", "max_output_tokens", b"max_output_tokens", "min_output_tokens", b"min_output_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_output_tokens", b"_max_output_tokens", "ignore_eos", b"ignore_eos", "max_output_tokens", b"max_output_tokens", "stop_sequences", b"stop_sequences", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_output_tokens", b"_max_output_tokens", "_min_output_tokens", b"_min_output_tokens", "ignore_eos", b"ignore_eos", "include_stop", b"include_stop", "max_output_tokens", b"max_output_tokens", "min_output_tokens", b"min_output_tokens", "stop_sequences", b"stop_sequences", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_output_tokens: _TypeAlias = _typing.Literal["max_output_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_output_tokens: _TypeAlias = _typing.Literal["_max_output_tokens", b"_max_output_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__min_output_tokens: _TypeAlias = _typing.Literal["min_output_tokens"]  # noqa: Y015
+    _WhichOneofArgType__min_output_tokens: _TypeAlias = _typing.Literal["_min_output_tokens", b"_min_output_tokens"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_output_tokens) -> _WhichOneofReturnType__max_output_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_output_tokens) -> _WhichOneofReturnType__min_output_tokens | None: ...
 
 Global___StopOptions: _TypeAlias = StopOptions  # noqa: Y015
 
@@ -351,26 +605,119 @@ class OutputOptions(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    COUNT_FIELD_NUMBER: _builtins.int
     RETURN_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    RETURN_LOGPROBS_FIELD_NUMBER: _builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    RETURN_PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    RETURN_TOKEN_BYTES_FIELD_NUMBER: _builtins.int
+    RETURN_REASONING_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    """Independent outputs; 1 when absent. The prompt is charged once."""
     return_token_ids: _builtins.bool
     """Token ids beside the text."""
+    return_logprobs: _builtins.bool
+    """Log-probabilities of the output's tokens."""
+    top_logprobs: _builtins.int
+    """Alternatives with each of them. Needs return_logprobs."""
+    return_prompt_logprobs: _builtins.bool
+    """Log-probabilities of the prompt's tokens, with as many alternatives as
+    top_logprobs says. The prefix cache is not read.
+    """
+    return_token_bytes: _builtins.bool
+    """Bytes of each token, in TokenScores: for tokens that are not whole characters."""
+    return_reasoning: _builtins.bool
+    """Reasoning beside the text; absent means true. When false, it is made, counted
+    and charged, and not sent.
+    """
     def __init__(
         self,
         *,
+        count: _builtins.int | None = ...,
         return_token_ids: _builtins.bool = ...,
+        return_logprobs: _builtins.bool = ...,
+        top_logprobs: _builtins.int = ...,
+        return_prompt_logprobs: _builtins.bool = ...,
+        return_token_bytes: _builtins.bool = ...,
+        return_reasoning: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_count", b"_count", "_return_reasoning", b"_return_reasoning", "count", b"count", "return_reasoning", b"return_reasoning"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["return_token_ids", b"return_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_count", b"_count", "_return_reasoning", b"_return_reasoning", "count", b"count", "return_logprobs", b"return_logprobs", "return_prompt_logprobs", b"return_prompt_logprobs", "return_reasoning", b"return_reasoning", "return_token_bytes", b"return_token_bytes", "return_token_ids", b"return_token_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__count: _TypeAlias = _typing.Literal["count"]  # noqa: Y015
+    _WhichOneofArgType__count: _TypeAlias = _typing.Literal["_count", b"_count"]  # noqa: Y015
+    _WhichOneofReturnType__return_reasoning: _TypeAlias = _typing.Literal["return_reasoning"]  # noqa: Y015
+    _WhichOneofArgType__return_reasoning: _TypeAlias = _typing.Literal["_return_reasoning", b"_return_reasoning"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__count) -> _WhichOneofReturnType__count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__return_reasoning) -> _WhichOneofReturnType__return_reasoning | None: ...
 
 Global___OutputOptions: _TypeAlias = OutputOptions  # noqa: Y015
 
 @_typing.final
+class ReasoningOptions(_message.Message):
+    """Whether and how much the model thinks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENABLED_FIELD_NUMBER: _builtins.int
+    EFFORT_FIELD_NUMBER: _builtins.int
+    enabled: _builtins.bool
+    """Absent leaves it to the model's template."""
+    effort: Global___ReasoningEffort.ValueType
+    """For templates that know it."""
+    def __init__(
+        self,
+        *,
+        enabled: _builtins.bool | None = ...,
+        effort: Global___ReasoningEffort.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_enabled", b"_enabled", "enabled", b"enabled"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_enabled", b"_enabled", "effort", b"effort", "enabled", b"enabled"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__enabled: _TypeAlias = _typing.Literal["enabled"]  # noqa: Y015
+    _WhichOneofArgType__enabled: _TypeAlias = _typing.Literal["_enabled", b"_enabled"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__enabled) -> _WhichOneofReturnType__enabled | None: ...
+
+Global___ReasoningOptions: _TypeAlias = ReasoningOptions  # noqa: Y015
+
+@_typing.final
+class CacheOptions(_message.Message):
+    """How the prefix cache is used. Tenants never share it, whatever they say here."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SALT_FIELD_NUMBER: _builtins.int
+    AFFINITY_KEY_FIELD_NUMBER: _builtins.int
+    BYPASS_FIELD_NUMBER: _builtins.int
+    salt: _builtins.str
+    """Prompts share the cache only under the same salt, within the tenant."""
+    affinity_key: _builtins.str
+    """Requests of a tenant with the same key prefer the same worker."""
+    bypass: _builtins.bool
+    """Do not read the cache."""
+    def __init__(
+        self,
+        *,
+        salt: _builtins.str = ...,
+        affinity_key: _builtins.str = ...,
+        bypass: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["affinity_key", b"affinity_key", "bypass", b"bypass", "salt", b"salt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheOptions: _TypeAlias = CacheOptions  # noqa: Y015
+
+@_typing.final
 class GenerationFrame(_message.Message):
-    """One message of a token stream: started, then deltas, then finished exactly
-    once, then status OK. A failure has no frame: the call ends with a status
+    """One message of a token stream: started, then prompt_scores if they were asked
+    for, then deltas, then finished exactly once, then status OK. A failure has no frame: the call ends with a status
     that is not OK. A stream that ends OK without finished was cut on its way.
     """
 
@@ -380,6 +727,7 @@ class GenerationFrame(_message.Message):
     STARTED_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    PROMPT_SCORES_FIELD_NUMBER: _builtins.int
     FIRST_SEQUENCE_FIELD_NUMBER: _builtins.int
     OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
@@ -404,6 +752,10 @@ class GenerationFrame(_message.Message):
     def finished(self) -> Global___Finished:
         """Last frame."""
 
+    @_builtins.property
+    def prompt_scores(self) -> _scores_pb2.PromptScores:
+        """Log-probabilities of the prompt."""
+
     def __init__(
         self,
         *,
@@ -411,14 +763,15 @@ class GenerationFrame(_message.Message):
         started: Global___Started | None = ...,
         delta: Global___Delta | None = ...,
         finished: Global___Finished | None = ...,
+        prompt_scores: _scores_pb2.PromptScores | None = ...,
         first_sequence: _builtins.int = ...,
         output_tokens: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "prompt_scores", b"prompt_scores", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "first_sequence", b"first_sequence", "output_tokens", b"output_tokens", "sequence", b"sequence", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "first_sequence", b"first_sequence", "output_tokens", b"output_tokens", "prompt_scores", b"prompt_scores", "sequence", b"sequence", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "delta", "finished"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "delta", "finished", "prompt_scores"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -508,7 +861,10 @@ class OutputDelta(_message.Message):
 
     INDEX_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
+    REASONING_FIELD_NUMBER: _builtins.int
+    TOOL_CALL_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """0-based number of the output."""
@@ -516,9 +872,21 @@ class OutputDelta(_message.Message):
     """Whole characters. Bytes of an unfinished character, and text that may
     still turn out to be a stop sequence, are held back.
     """
+    reasoning: _builtins.str
+    """Reasoning, in whole characters."""
+    @_builtins.property
+    def tool_call(self) -> _tools_pb2.ToolCallDelta:
+        """A part of a tool call."""
+
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """With return_token_ids: the tokens of this delta."""
+        """With return_token_ids: the tokens of this delta. Tokens of which nothing is
+        shown, such as the marks around a tool call, come with what is shown next.
+        """
+
+    @_builtins.property
+    def scores(self) -> _scores_pb2.TokenScores:
+        """With return_logprobs or return_token_bytes: of the same tokens."""
 
     @_builtins.property
     def end(self) -> Global___OutputEnd:
@@ -529,14 +897,17 @@ class OutputDelta(_message.Message):
         *,
         index: _builtins.int = ...,
         text: _builtins.str = ...,
+        reasoning: _builtins.str = ...,
+        tool_call: _tools_pb2.ToolCallDelta | None = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        scores: _scores_pb2.TokenScores | None = ...,
         end: Global___OutputEnd | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "end", b"end", "text", b"text"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "end", b"end", "reasoning", b"reasoning", "scores", b"scores", "text", b"text", "tool_call", b"tool_call"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "end", b"end", "index", b"index", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "end", b"end", "index", b"index", "reasoning", b"reasoning", "scores", b"scores", "text", b"text", "token_ids", b"token_ids", "tool_call", b"tool_call"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["text"]  # noqa: Y015
+    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["text", "reasoning", "tool_call"]  # noqa: Y015
     _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
 
@@ -656,6 +1027,7 @@ class Generation(_message.Message):
     OFFERING_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     OUTPUTS_FIELD_NUMBER: _builtins.int
+    PROMPT_SCORES_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     CHARGE_FIELD_NUMBER: _builtins.int
@@ -672,6 +1044,10 @@ class Generation(_message.Message):
     @_builtins.property
     def outputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Output]:
         """All output."""
+
+    @_builtins.property
+    def prompt_scores(self) -> _scores_pb2.PromptScores:
+        """With return_prompt_logprobs."""
 
     @_builtins.property
     def usage(self) -> _usage_pb2.TokenUsage:
@@ -696,15 +1072,16 @@ class Generation(_message.Message):
         offering: _builtins.str = ...,
         model_version: _builtins.str = ...,
         outputs: _abc.Iterable[Global___Output] | None = ...,
+        prompt_scores: _scores_pb2.PromptScores | None = ...,
         usage: _usage_pb2.TokenUsage | None = ...,
         timings: Global___Timings | None = ...,
         charge: _money_pb2.Money | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         seed: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "create_time", b"create_time", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "create_time", b"create_time", "prompt_scores", b"prompt_scores", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "create_time", b"create_time", "generation_id", b"generation_id", "model_version", b"model_version", "offering", b"offering", "outputs", b"outputs", "seed", b"seed", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "create_time", b"create_time", "generation_id", b"generation_id", "model_version", b"model_version", "offering", b"offering", "outputs", b"outputs", "prompt_scores", b"prompt_scores", "seed", b"seed", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -718,15 +1095,28 @@ class Output(_message.Message):
 
     INDEX_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
+    REASONING_FIELD_NUMBER: _builtins.int
+    TOOL_CALLS_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """0-based number of the output."""
     text: _builtins.str
     """All text."""
+    reasoning: _builtins.str
+    """All reasoning, unless return_reasoning is false."""
+    @_builtins.property
+    def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[_tools_pb2.ToolCall]:
+        """Calls of tools, in order."""
+
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """With return_token_ids: all tokens."""
+
+    @_builtins.property
+    def scores(self) -> _scores_pb2.TokenScores:
+        """With return_logprobs or return_token_bytes: of all tokens."""
 
     @_builtins.property
     def end(self) -> Global___OutputEnd:
@@ -737,12 +1127,15 @@ class Output(_message.Message):
         *,
         index: _builtins.int = ...,
         text: _builtins.str = ...,
+        reasoning: _builtins.str = ...,
+        tool_calls: _abc.Iterable[_tools_pb2.ToolCall] | None = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        scores: _scores_pb2.TokenScores | None = ...,
         end: Global___OutputEnd | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "scores", b"scores"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "index", b"index", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "index", b"index", "reasoning", b"reasoning", "scores", b"scores", "text", b"text", "token_ids", b"token_ids", "tool_calls", b"tool_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

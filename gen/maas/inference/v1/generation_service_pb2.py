@@ -23,11 +23,13 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from maas.common.v1 import capabilities_pb2 as maas_dot_common_dot_v1_dot_capabilities__pb2
+from maas.common.v1 import money_pb2 as maas_dot_common_dot_v1_dot_money__pb2
 from maas.common.v1 import options_pb2 as maas_dot_common_dot_v1_dot_options__pb2
 from maas.inference.v1 import generation_pb2 as maas_dot_inference_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*maas/inference/v1/generation_service.proto\x12\x11maas.inference.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cmaas/common/v1/options.proto\x1a\"maas/inference/v1/generation.proto\"\xbb\x01\n\x0fGenerateRequest\x12\x37\n\x04spec\x18\x01 \x01(\x0b\x32!.maas.inference.v1.GenerationSpecB\x06\x92\xe7\x18\x02\x08\x01\x12+\n\nrequest_id\x18\x02 \x01(\tB\x17\x92\xe7\x18\x13 @2\x0f[A-Za-z0-9._-]+\x12\x42\n\ron_disconnect\x18\x03 \x01(\x0e\x32#.maas.inference.v1.DisconnectPolicyB\x06\x92\xe7\x18\x02\x38\x01\"E\n\x10GenerateResponse\x12\x31\n\ngeneration\x18\x01 \x01(\x0b\x32\x1d.maas.inference.v1.Generation\"\xaf\x01\n\x15StreamGenerateRequest\x12\x37\n\x04spec\x18\x01 \x01(\x0b\x32!.maas.inference.v1.GenerationSpecB\x06\x92\xe7\x18\x02\x08\x01\x12+\n\nrequest_id\x18\x02 \x01(\tB\x17\x92\xe7\x18\x13 @2\x0f[A-Za-z0-9._-]+\x12\x30\n\x06stream\x18\x03 \x01(\x0b\x32 .maas.inference.v1.StreamOptions\"\x86\x01\n\rStreamOptions\x12\x31\n\x0e\x66rame_interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x42\n\ron_disconnect\x18\x04 \x01(\x0e\x32#.maas.inference.v1.DisconnectPolicyB\x06\x92\xe7\x18\x02\x38\x01\"K\n\x16StreamGenerateResponse\x12\x31\n\x05\x66rame\x18\x01 \x01(\x0b\x32\".maas.inference.v1.GenerationFrame\"\x85\x01\n\x17ResumeGenerationRequest\x12\x1f\n\rgeneration_id\x18\x01 \x01(\tB\x08\x92\xe7\x18\x04\x08\x01 `\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x04\x12\x31\n\x0e\x66rame_interval\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"M\n\x18ResumeGenerationResponse\x12\x31\n\x05\x66rame\x18\x01 \x01(\x0b\x32\".maas.inference.v1.GenerationFrame\":\n\x17\x43\x61ncelGenerationRequest\x12\x1f\n\rgeneration_id\x18\x01 \x01(\tB\x08\x92\xe7\x18\x04\x08\x01 `\"\x1a\n\x18\x43\x61ncelGenerationResponse*s\n\x10\x44isconnectPolicy\x12!\n\x1d\x44ISCONNECT_POLICY_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x44ISCONNECT_POLICY_CANCEL\x10\x01\x12\x1e\n\x1a\x44ISCONNECT_POLICY_CONTINUE\x10\x02\x32\xbe\x04\n\x11GenerationService\x12v\n\x08Generate\x12\".maas.inference.v1.GenerateRequest\x1a#.maas.inference.v1.GenerateResponse\"!\x8a\xe7\x18\x1d\x08\x01\x12\x12generations.create\x18\x03\"\x03\x08\xd8\x04\x12\x8a\x01\n\x0eStreamGenerate\x12(.maas.inference.v1.StreamGenerateRequest\x1a).maas.inference.v1.StreamGenerateResponse\"!\x8a\xe7\x18\x1d\x08\x01\x12\x12generations.create\x18\x03\"\x03\x08\xd8\x04\x30\x01\x12\x90\x01\n\x10ResumeGeneration\x12*.maas.inference.v1.ResumeGenerationRequest\x1a+.maas.inference.v1.ResumeGenerationResponse\"!\x90\x02\x01\x8a\xe7\x18\x1a\x08\x01\x12\x0fgenerations.get\x18\x02\"\x03\x08\xd8\x04\x30\x01\x12\x90\x01\n\x10\x43\x61ncelGeneration\x12*.maas.inference.v1.CancelGenerationRequest\x1a+.maas.inference.v1.CancelGenerationResponse\"#\x90\x02\x02\x8a\xe7\x18\x1c\x08\x01\x12\x12generations.cancel\x18\x02\"\x02\x08\nb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*maas/inference/v1/generation_service.proto\x12\x11maas.inference.v1\x1a\x1egoogle/protobuf/duration.proto\x1a!maas/common/v1/capabilities.proto\x1a\x1amaas/common/v1/money.proto\x1a\x1cmaas/common/v1/options.proto\x1a\"maas/inference/v1/generation.proto\"\xbb\x01\n\x0fGenerateRequest\x12\x37\n\x04spec\x18\x01 \x01(\x0b\x32!.maas.inference.v1.GenerationSpecB\x06\x92\xe7\x18\x02\x08\x01\x12+\n\nrequest_id\x18\x02 \x01(\tB\x17\x92\xe7\x18\x13 @2\x0f[A-Za-z0-9._-]+\x12\x42\n\ron_disconnect\x18\x03 \x01(\x0e\x32#.maas.inference.v1.DisconnectPolicyB\x06\x92\xe7\x18\x02\x38\x01\"E\n\x10GenerateResponse\x12\x31\n\ngeneration\x18\x01 \x01(\x0b\x32\x1d.maas.inference.v1.Generation\"\xaf\x01\n\x15StreamGenerateRequest\x12\x37\n\x04spec\x18\x01 \x01(\x0b\x32!.maas.inference.v1.GenerationSpecB\x06\x92\xe7\x18\x02\x08\x01\x12+\n\nrequest_id\x18\x02 \x01(\tB\x17\x92\xe7\x18\x13 @2\x0f[A-Za-z0-9._-]+\x12\x30\n\x06stream\x18\x03 \x01(\x0b\x32 .maas.inference.v1.StreamOptions\"\x86\x01\n\rStreamOptions\x12\x31\n\x0e\x66rame_interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x42\n\ron_disconnect\x18\x04 \x01(\x0e\x32#.maas.inference.v1.DisconnectPolicyB\x06\x92\xe7\x18\x02\x38\x01\"K\n\x16StreamGenerateResponse\x12\x31\n\x05\x66rame\x18\x01 \x01(\x0b\x32\".maas.inference.v1.GenerationFrame\"\x85\x01\n\x17ResumeGenerationRequest\x12\x1f\n\rgeneration_id\x18\x01 \x01(\tB\x08\x92\xe7\x18\x04\x08\x01 `\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x04\x12\x31\n\x0e\x66rame_interval\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"M\n\x18ResumeGenerationResponse\x12\x31\n\x05\x66rame\x18\x01 \x01(\x0b\x32\".maas.inference.v1.GenerationFrame\":\n\x17\x43\x61ncelGenerationRequest\x12\x1f\n\rgeneration_id\x18\x01 \x01(\tB\x08\x92\xe7\x18\x04\x08\x01 `\"\x1a\n\x18\x43\x61ncelGenerationResponse\"Q\n\x16QuoteGenerationRequest\x12\x37\n\x04spec\x18\x01 \x01(\x0b\x32!.maas.inference.v1.GenerationSpecB\x06\x92\xe7\x18\x02\x08\x01\"\xdb\x01\n\x17QuoteGenerationResponse\x12\x10\n\x08offering\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12\r\n\x05price\x18\x03 \x01(\t\x12\x14\n\x0cinput_tokens\x18\x04 \x01(\x03\x12\x19\n\x11max_output_tokens\x18\x05 \x01(\x03\x12\r\n\x05\x63ount\x18\x06 \x01(\r\x12#\n\x04hold\x18\x07 \x01(\x0b\x32\x15.maas.common.v1.Money\x12#\n\x04most\x18\x08 \x01(\x0b\x32\x15.maas.common.v1.Money\"2\n\x16GetCapabilitiesRequest\x12\x18\n\x05model\x18\x01 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\"\x8e\x01\n\x17GetCapabilitiesResponse\x12\x10\n\x08offering\x18\x01 \x01(\t\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\x12\x32\n\x0c\x63\x61pabilities\x18\x04 \x01(\x0b\x32\x1c.maas.common.v1.Capabilities*s\n\x10\x44isconnectPolicy\x12!\n\x1d\x44ISCONNECT_POLICY_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x44ISCONNECT_POLICY_CANCEL\x10\x01\x12\x1e\n\x1a\x44ISCONNECT_POLICY_CONTINUE\x10\x02\x32\xd3\x06\n\x11GenerationService\x12v\n\x08Generate\x12\".maas.inference.v1.GenerateRequest\x1a#.maas.inference.v1.GenerateResponse\"!\x8a\xe7\x18\x1d\x08\x01\x12\x12generations.create\x18\x03\"\x03\x08\xd8\x04\x12\x8a\x01\n\x0eStreamGenerate\x12(.maas.inference.v1.StreamGenerateRequest\x1a).maas.inference.v1.StreamGenerateResponse\"!\x8a\xe7\x18\x1d\x08\x01\x12\x12generations.create\x18\x03\"\x03\x08\xd8\x04\x30\x01\x12\x90\x01\n\x10ResumeGeneration\x12*.maas.inference.v1.ResumeGenerationRequest\x1a+.maas.inference.v1.ResumeGenerationResponse\"!\x90\x02\x01\x8a\xe7\x18\x1a\x08\x01\x12\x0fgenerations.get\x18\x02\"\x03\x08\xd8\x04\x30\x01\x12\x90\x01\n\x10\x43\x61ncelGeneration\x12*.maas.inference.v1.CancelGenerationRequest\x1a+.maas.inference.v1.CancelGenerationResponse\"#\x90\x02\x02\x8a\xe7\x18\x1c\x08\x01\x12\x12generations.cancel\x18\x02\"\x02\x08\n\x12\x87\x01\n\x0fQuoteGeneration\x12).maas.inference.v1.QuoteGenerationRequest\x1a*.maas.inference.v1.QuoteGenerationResponse\"\x1d\x90\x02\x01\x8a\xe7\x18\x16\x08\x01\x12\x0ctokens.count\x18\x02\"\x02\x08\n\x12\x88\x01\n\x0fGetCapabilities\x12).maas.inference.v1.GetCapabilitiesRequest\x1a*.maas.inference.v1.GetCapabilitiesResponse\"\x1e\x90\x02\x01\x8a\xe7\x18\x17\x08\x01\x12\rofferings.get\x18\x02\"\x02\x08\nb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,6 +52,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESUMEGENERATIONREQUEST'].fields_by_name['generation_id']._serialized_options = b'\222\347\030\004\010\001 `'
   _globals['_CANCELGENERATIONREQUEST'].fields_by_name['generation_id']._loaded_options = None
   _globals['_CANCELGENERATIONREQUEST'].fields_by_name['generation_id']._serialized_options = b'\222\347\030\004\010\001 `'
+  _globals['_QUOTEGENERATIONREQUEST'].fields_by_name['spec']._loaded_options = None
+  _globals['_QUOTEGENERATIONREQUEST'].fields_by_name['spec']._serialized_options = b'\222\347\030\002\010\001'
+  _globals['_GETCAPABILITIESREQUEST'].fields_by_name['model']._loaded_options = None
+  _globals['_GETCAPABILITIESREQUEST'].fields_by_name['model']._serialized_options = b'\222\347\030\005\010\001 \240\001'
   _globals['_GENERATIONSERVICE'].methods_by_name['Generate']._loaded_options = None
   _globals['_GENERATIONSERVICE'].methods_by_name['Generate']._serialized_options = b'\212\347\030\035\010\001\022\022generations.create\030\003\"\003\010\330\004'
   _globals['_GENERATIONSERVICE'].methods_by_name['StreamGenerate']._loaded_options = None
@@ -58,26 +64,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATIONSERVICE'].methods_by_name['ResumeGeneration']._serialized_options = b'\220\002\001\212\347\030\032\010\001\022\017generations.get\030\002\"\003\010\330\004'
   _globals['_GENERATIONSERVICE'].methods_by_name['CancelGeneration']._loaded_options = None
   _globals['_GENERATIONSERVICE'].methods_by_name['CancelGeneration']._serialized_options = b'\220\002\002\212\347\030\034\010\001\022\022generations.cancel\030\002\"\002\010\n'
-  _globals['_DISCONNECTPOLICY']._serialized_start=1119
-  _globals['_DISCONNECTPOLICY']._serialized_end=1234
-  _globals['_GENERATEREQUEST']._serialized_start=164
-  _globals['_GENERATEREQUEST']._serialized_end=351
-  _globals['_GENERATERESPONSE']._serialized_start=353
-  _globals['_GENERATERESPONSE']._serialized_end=422
-  _globals['_STREAMGENERATEREQUEST']._serialized_start=425
-  _globals['_STREAMGENERATEREQUEST']._serialized_end=600
-  _globals['_STREAMOPTIONS']._serialized_start=603
-  _globals['_STREAMOPTIONS']._serialized_end=737
-  _globals['_STREAMGENERATERESPONSE']._serialized_start=739
-  _globals['_STREAMGENERATERESPONSE']._serialized_end=814
-  _globals['_RESUMEGENERATIONREQUEST']._serialized_start=817
-  _globals['_RESUMEGENERATIONREQUEST']._serialized_end=950
-  _globals['_RESUMEGENERATIONRESPONSE']._serialized_start=952
-  _globals['_RESUMEGENERATIONRESPONSE']._serialized_end=1029
-  _globals['_CANCELGENERATIONREQUEST']._serialized_start=1031
-  _globals['_CANCELGENERATIONREQUEST']._serialized_end=1089
-  _globals['_CANCELGENERATIONRESPONSE']._serialized_start=1091
-  _globals['_CANCELGENERATIONRESPONSE']._serialized_end=1117
-  _globals['_GENERATIONSERVICE']._serialized_start=1237
-  _globals['_GENERATIONSERVICE']._serialized_end=1811
+  _globals['_GENERATIONSERVICE'].methods_by_name['QuoteGeneration']._loaded_options = None
+  _globals['_GENERATIONSERVICE'].methods_by_name['QuoteGeneration']._serialized_options = b'\220\002\001\212\347\030\026\010\001\022\014tokens.count\030\002\"\002\010\n'
+  _globals['_GENERATIONSERVICE'].methods_by_name['GetCapabilities']._loaded_options = None
+  _globals['_GENERATIONSERVICE'].methods_by_name['GetCapabilities']._serialized_options = b'\220\002\001\212\347\030\027\010\001\022\rofferings.get\030\002\"\002\010\n'
+  _globals['_DISCONNECTPOLICY']._serialized_start=1684
+  _globals['_DISCONNECTPOLICY']._serialized_end=1799
+  _globals['_GENERATEREQUEST']._serialized_start=227
+  _globals['_GENERATEREQUEST']._serialized_end=414
+  _globals['_GENERATERESPONSE']._serialized_start=416
+  _globals['_GENERATERESPONSE']._serialized_end=485
+  _globals['_STREAMGENERATEREQUEST']._serialized_start=488
+  _globals['_STREAMGENERATEREQUEST']._serialized_end=663
+  _globals['_STREAMOPTIONS']._serialized_start=666
+  _globals['_STREAMOPTIONS']._serialized_end=800
+  _globals['_STREAMGENERATERESPONSE']._serialized_start=802
+  _globals['_STREAMGENERATERESPONSE']._serialized_end=877
+  _globals['_RESUMEGENERATIONREQUEST']._serialized_start=880
+  _globals['_RESUMEGENERATIONREQUEST']._serialized_end=1013
+  _globals['_RESUMEGENERATIONRESPONSE']._serialized_start=1015
+  _globals['_RESUMEGENERATIONRESPONSE']._serialized_end=1092
+  _globals['_CANCELGENERATIONREQUEST']._serialized_start=1094
+  _globals['_CANCELGENERATIONREQUEST']._serialized_end=1152
+  _globals['_CANCELGENERATIONRESPONSE']._serialized_start=1154
+  _globals['_CANCELGENERATIONRESPONSE']._serialized_end=1180
+  _globals['_QUOTEGENERATIONREQUEST']._serialized_start=1182
+  _globals['_QUOTEGENERATIONREQUEST']._serialized_end=1263
+  _globals['_QUOTEGENERATIONRESPONSE']._serialized_start=1266
+  _globals['_QUOTEGENERATIONRESPONSE']._serialized_end=1485
+  _globals['_GETCAPABILITIESREQUEST']._serialized_start=1487
+  _globals['_GETCAPABILITIESREQUEST']._serialized_end=1537
+  _globals['_GETCAPABILITIESRESPONSE']._serialized_start=1540
+  _globals['_GETCAPABILITIESRESPONSE']._serialized_end=1682
+  _globals['_GENERATIONSERVICE']._serialized_start=1802
+  _globals['_GENERATIONSERVICE']._serialized_end=2653
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,8 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from maas.common.v1 import capabilities_pb2 as _capabilities_pb2
+from maas.common.v1 import money_pb2 as _money_pb2
 from maas.inference.v1 import generation_pb2 as _generation_pb2
 import builtins as _builtins
 import sys
@@ -294,3 +296,139 @@ class CancelGenerationResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelGenerationResponse: _TypeAlias = CancelGenerationResponse  # noqa: Y015
+
+@_typing.final
+class QuoteGenerationRequest(_message.Message):
+    """Asks what a generation would take."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def spec(self) -> _generation_pb2.GenerationSpec:
+        """What to generate."""
+
+    def __init__(
+        self,
+        *,
+        spec: _generation_pb2.GenerationSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuoteGenerationRequest: _TypeAlias = QuoteGenerationRequest  # noqa: Y015
+
+@_typing.final
+class QuoteGenerationResponse(_message.Message):
+    """What a generation would take."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFERING_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    PRICE_FIELD_NUMBER: _builtins.int
+    INPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    HOLD_FIELD_NUMBER: _builtins.int
+    MOST_FIELD_NUMBER: _builtins.int
+    offering: _builtins.str
+    """"offerings/{offering}" that was asked for."""
+    model_version: _builtins.str
+    """"models/{model}/versions/{version}" that would serve."""
+    price: _builtins.str
+    """"prices/{price}" that is in force now."""
+    input_tokens: _builtins.int
+    """Exact tokens of the rendered prompt."""
+    max_output_tokens: _builtins.int
+    """Most tokens of each output."""
+    count: _builtins.int
+    """Outputs."""
+    @_builtins.property
+    def hold(self) -> _money_pb2.Money:
+        """What admission sets aside, before the prompt is counted."""
+
+    @_builtins.property
+    def most(self) -> _money_pb2.Money:
+        """The most that it can cost: the whole prompt uncached, and all output."""
+
+    def __init__(
+        self,
+        *,
+        offering: _builtins.str = ...,
+        model_version: _builtins.str = ...,
+        price: _builtins.str = ...,
+        input_tokens: _builtins.int = ...,
+        max_output_tokens: _builtins.int = ...,
+        count: _builtins.int = ...,
+        hold: _money_pb2.Money | None = ...,
+        most: _money_pb2.Money | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hold", b"hold", "most", b"most"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "hold", b"hold", "input_tokens", b"input_tokens", "max_output_tokens", b"max_output_tokens", "model_version", b"model_version", "most", b"most", "offering", b"offering", "price", b"price"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuoteGenerationResponse: _TypeAlias = QuoteGenerationResponse  # noqa: Y015
+
+@_typing.final
+class GetCapabilitiesRequest(_message.Message):
+    """Asks what an offering can do."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Offering: its id, or "offerings/{offering}"."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetCapabilitiesRequest: _TypeAlias = GetCapabilitiesRequest  # noqa: Y015
+
+@_typing.final
+class GetCapabilitiesResponse(_message.Message):
+    """What an offering can do."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFERING_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    CONTEXT_LENGTH_FIELD_NUMBER: _builtins.int
+    CAPABILITIES_FIELD_NUMBER: _builtins.int
+    offering: _builtins.str
+    """"offerings/{offering}"."""
+    model_version: _builtins.str
+    """"models/{model}/versions/{version}" that serves."""
+    context_length: _builtins.int
+    """Prompt and output together, in tokens."""
+    @_builtins.property
+    def capabilities(self) -> _capabilities_pb2.Capabilities:
+        """What all workers that serve it can do."""
+
+    def __init__(
+        self,
+        *,
+        offering: _builtins.str = ...,
+        model_version: _builtins.str = ...,
+        context_length: _builtins.int = ...,
+        capabilities: _capabilities_pb2.Capabilities | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "context_length", b"context_length", "model_version", b"model_version", "offering", b"offering"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetCapabilitiesResponse: _TypeAlias = GetCapabilitiesResponse  # noqa: Y015

@@ -55,6 +55,16 @@ class GenerationServiceStub(object):
                 request_serializer=maas_dot_inference_dot_v1_dot_generation__service__pb2.CancelGenerationRequest.SerializeToString,
                 response_deserializer=maas_dot_inference_dot_v1_dot_generation__service__pb2.CancelGenerationResponse.FromString,
                 _registered_method=True)
+        self.QuoteGeneration = channel.unary_unary(
+                '/maas.inference.v1.GenerationService/QuoteGeneration',
+                request_serializer=maas_dot_inference_dot_v1_dot_generation__service__pb2.QuoteGenerationRequest.SerializeToString,
+                response_deserializer=maas_dot_inference_dot_v1_dot_generation__service__pb2.QuoteGenerationResponse.FromString,
+                _registered_method=True)
+        self.GetCapabilities = channel.unary_unary(
+                '/maas.inference.v1.GenerationService/GetCapabilities',
+                request_serializer=maas_dot_inference_dot_v1_dot_generation__service__pb2.GetCapabilitiesRequest.SerializeToString,
+                response_deserializer=maas_dot_inference_dot_v1_dot_generation__service__pb2.GetCapabilitiesResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServiceServicer(object):
@@ -97,6 +107,22 @@ class GenerationServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def QuoteGeneration(self, request, context):
+        """Says what a generation would take, without running or charging it. Refuses
+        what StreamGenerate would refuse, but for the account's credit and a place.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetCapabilities(self, request, context):
+        """Says what an offering can do now: what all workers that serve it can.
+        UNAVAILABLE / NO_READY_WORKER while there is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GenerationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -119,6 +145,16 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.CancelGeneration,
                     request_deserializer=maas_dot_inference_dot_v1_dot_generation__service__pb2.CancelGenerationRequest.FromString,
                     response_serializer=maas_dot_inference_dot_v1_dot_generation__service__pb2.CancelGenerationResponse.SerializeToString,
+            ),
+            'QuoteGeneration': grpc.unary_unary_rpc_method_handler(
+                    servicer.QuoteGeneration,
+                    request_deserializer=maas_dot_inference_dot_v1_dot_generation__service__pb2.QuoteGenerationRequest.FromString,
+                    response_serializer=maas_dot_inference_dot_v1_dot_generation__service__pb2.QuoteGenerationResponse.SerializeToString,
+            ),
+            'GetCapabilities': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCapabilities,
+                    request_deserializer=maas_dot_inference_dot_v1_dot_generation__service__pb2.GetCapabilitiesRequest.FromString,
+                    response_serializer=maas_dot_inference_dot_v1_dot_generation__service__pb2.GetCapabilitiesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -230,6 +266,60 @@ class GenerationService(object):
             '/maas.inference.v1.GenerationService/CancelGeneration',
             maas_dot_inference_dot_v1_dot_generation__service__pb2.CancelGenerationRequest.SerializeToString,
             maas_dot_inference_dot_v1_dot_generation__service__pb2.CancelGenerationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def QuoteGeneration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/maas.inference.v1.GenerationService/QuoteGeneration',
+            maas_dot_inference_dot_v1_dot_generation__service__pb2.QuoteGenerationRequest.SerializeToString,
+            maas_dot_inference_dot_v1_dot_generation__service__pb2.QuoteGenerationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetCapabilities(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/maas.inference.v1.GenerationService/GetCapabilities',
+            maas_dot_inference_dot_v1_dot_generation__service__pb2.GetCapabilitiesRequest.SerializeToString,
+            maas_dot_inference_dot_v1_dot_generation__service__pb2.GetCapabilitiesResponse.FromString,
             options,
             channel_credentials,
             insecure,

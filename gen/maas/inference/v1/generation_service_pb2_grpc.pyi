@@ -52,6 +52,14 @@ class GenerationServiceStub:
     GENERATION_CANCELLED; what was released until then is charged. Stopping what
     has just ended changes nothing.
     """
+    QuoteGeneration: _grpc.UnaryUnaryMultiCallable[_generation_service_pb2.QuoteGenerationRequest, _generation_service_pb2.QuoteGenerationResponse]
+    """Says what a generation would take, without running or charging it. Refuses
+    what StreamGenerate would refuse, but for the account's credit and a place.
+    """
+    GetCapabilities: _grpc.UnaryUnaryMultiCallable[_generation_service_pb2.GetCapabilitiesRequest, _generation_service_pb2.GetCapabilitiesResponse]
+    """Says what an offering can do now: what all workers that serve it can.
+    UNAVAILABLE / NO_READY_WORKER while there is none.
+    """
 
 @_typing.type_check_only
 class GenerationServiceAsyncStub(GenerationServiceStub):
@@ -76,6 +84,14 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """Stops a generation of the caller's project. Its calls end with ABORTED /
     GENERATION_CANCELLED; what was released until then is charged. Stopping what
     has just ended changes nothing.
+    """
+    QuoteGeneration: _aio.UnaryUnaryMultiCallable[_generation_service_pb2.QuoteGenerationRequest, _generation_service_pb2.QuoteGenerationResponse]  # type: ignore[assignment]
+    """Says what a generation would take, without running or charging it. Refuses
+    what StreamGenerate would refuse, but for the account's credit and a place.
+    """
+    GetCapabilities: _aio.UnaryUnaryMultiCallable[_generation_service_pb2.GetCapabilitiesRequest, _generation_service_pb2.GetCapabilitiesResponse]  # type: ignore[assignment]
+    """Says what an offering can do now: what all workers that serve it can.
+    UNAVAILABLE / NO_READY_WORKER while there is none.
     """
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -122,6 +138,26 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         """Stops a generation of the caller's project. Its calls end with ABORTED /
         GENERATION_CANCELLED; what was released until then is charged. Stopping what
         has just ended changes nothing.
+        """
+
+    @_abc_1.abstractmethod
+    def QuoteGeneration(
+        self,
+        request: _generation_service_pb2.QuoteGenerationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_service_pb2.QuoteGenerationResponse, _abc.Awaitable[_generation_service_pb2.QuoteGenerationResponse]]:
+        """Says what a generation would take, without running or charging it. Refuses
+        what StreamGenerate would refuse, but for the account's credit and a place.
+        """
+
+    @_abc_1.abstractmethod
+    def GetCapabilities(
+        self,
+        request: _generation_service_pb2.GetCapabilitiesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_service_pb2.GetCapabilitiesResponse, _abc.Awaitable[_generation_service_pb2.GetCapabilitiesResponse]]:
+        """Says what an offering can do now: what all workers that serve it can.
+        UNAVAILABLE / NO_READY_WORKER while there is none.
         """
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -24,9 +24,10 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from maas.common.v1 import options_pb2 as maas_dot_common_dot_v1_dot_options__pb2
+from maas.inference.v1 import generation_pb2 as maas_dot_inference_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)maas/scheduler/v1/placement_service.proto\x12\x11maas.scheduler.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cmaas/common/v1/options.proto\"\xe7\x01\n\x12\x41\x63quireSlotRequest\x12\x1f\n\x0c\x65xecution_id\x18\x01 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \x80\x01\x12 \n\rmodel_version\x18\x02 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x18\n\x07project\x18\x03 \x01(\tB\x07\x92\xe7\x18\x03 \xa0\x01\x12\x1f\n\x0f\x65xclude_workers\x18\x04 \x03(\tB\x06\x92\xe7\x18\x02(@\x12+\n\x08max_wait\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x13spare_execution_ids\x18\x06 \x03(\tB\t\x92\xe7\x18\x05 \x80\x01(@\"\x91\x02\n\x13\x41\x63quireSlotResponse\x12\x0f\n\x07slot_id\x18\x01 \x01(\t\x12-\n\x06target\x18\x02 \x01(\x0b\x32\x1d.maas.scheduler.v1.SlotTarget\x12\x30\n\tfallbacks\x18\x03 \x03(\x0b\x32\x1d.maas.scheduler.v1.SlotTarget\x12/\n\x0cstart_within\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06queued\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\x06spares\x18\x06 \x03(\x0b\x32\x1c.maas.scheduler.v1.SpareSlot\"a\n\tSpareSlot\x12\x0f\n\x07slot_id\x18\x01 \x01(\t\x12\x14\n\x0c\x65xecution_id\x18\x02 \x01(\t\x12-\n\x06target\x18\x03 \x01(\x0b\x32\x1d.maas.scheduler.v1.SlotTarget\"=\n\nSlotTarget\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"5\n\x13ReleaseSlotsRequest\x12\x1e\n\x08slot_ids\x18\x01 \x03(\tB\x0c\x92\xe7\x18\x08\x08\x01 \x80\x01(\xe8\x07\"\x16\n\x14ReleaseSlotsResponse2\xf3\x01\n\x10PlacementService\x12m\n\x0b\x41\x63quireSlot\x12%.maas.scheduler.v1.AcquireSlotRequest\x1a&.maas.scheduler.v1.AcquireSlotResponse\"\x0f\x90\x02\x02\x8a\xe7\x18\x08\x08\x03\x18\x01\"\x02\x08<\x12p\n\x0cReleaseSlots\x12&.maas.scheduler.v1.ReleaseSlotsRequest\x1a\'.maas.scheduler.v1.ReleaseSlotsResponse\"\x0f\x90\x02\x02\x8a\xe7\x18\x08\x08\x03\x18\x02\"\x02\x08\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)maas/scheduler/v1/placement_service.proto\x12\x11maas.scheduler.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cmaas/common/v1/options.proto\x1a\"maas/inference/v1/generation.proto\"\xdc\x02\n\x12\x41\x63quireSlotRequest\x12\x1f\n\x0c\x65xecution_id\x18\x01 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \x80\x01\x12 \n\rmodel_version\x18\x02 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x18\n\x07project\x18\x03 \x01(\tB\x07\x92\xe7\x18\x03 \xa0\x01\x12\x1f\n\x0f\x65xclude_workers\x18\x04 \x03(\tB\x06\x92\xe7\x18\x02(@\x12+\n\x08max_wait\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x13spare_execution_ids\x18\x06 \x03(\tB\t\x92\xe7\x18\x05 \x80\x01(@\x12\x1d\n\x06places\x18\x07 \x01(\rB\r\x92\xe7\x18\t\x19\x00\x00\x00\x00\x00\x00\x30@\x12\x18\n\x08\x61\x66\x66inity\x18\x08 \x01(\x0c\x42\x06\x92\xe7\x18\x02  \x12:\n\x08priority\x18\t \x01(\x0e\x32 .maas.inference.v1.PriorityClassB\x06\x92\xe7\x18\x02\x38\x01\"\x91\x02\n\x13\x41\x63quireSlotResponse\x12\x0f\n\x07slot_id\x18\x01 \x01(\t\x12-\n\x06target\x18\x02 \x01(\x0b\x32\x1d.maas.scheduler.v1.SlotTarget\x12\x30\n\tfallbacks\x18\x03 \x03(\x0b\x32\x1d.maas.scheduler.v1.SlotTarget\x12/\n\x0cstart_within\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06queued\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\x06spares\x18\x06 \x03(\x0b\x32\x1c.maas.scheduler.v1.SpareSlot\"a\n\tSpareSlot\x12\x0f\n\x07slot_id\x18\x01 \x01(\t\x12\x14\n\x0c\x65xecution_id\x18\x02 \x01(\t\x12-\n\x06target\x18\x03 \x01(\x0b\x32\x1d.maas.scheduler.v1.SlotTarget\"=\n\nSlotTarget\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"5\n\x13ReleaseSlotsRequest\x12\x1e\n\x08slot_ids\x18\x01 \x03(\tB\x0c\x92\xe7\x18\x08\x08\x01 \x80\x01(\xe8\x07\"\x16\n\x14ReleaseSlotsResponse2\xf3\x01\n\x10PlacementService\x12m\n\x0b\x41\x63quireSlot\x12%.maas.scheduler.v1.AcquireSlotRequest\x1a&.maas.scheduler.v1.AcquireSlotResponse\"\x0f\x90\x02\x02\x8a\xe7\x18\x08\x08\x03\x18\x01\"\x02\x08<\x12p\n\x0cReleaseSlots\x12&.maas.scheduler.v1.ReleaseSlotsRequest\x1a\'.maas.scheduler.v1.ReleaseSlotsResponse\"\x0f\x90\x02\x02\x8a\xe7\x18\x08\x08\x03\x18\x02\"\x02\x08\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,24 +44,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ACQUIRESLOTREQUEST'].fields_by_name['exclude_workers']._serialized_options = b'\222\347\030\002(@'
   _globals['_ACQUIRESLOTREQUEST'].fields_by_name['spare_execution_ids']._loaded_options = None
   _globals['_ACQUIRESLOTREQUEST'].fields_by_name['spare_execution_ids']._serialized_options = b'\222\347\030\005 \200\001(@'
+  _globals['_ACQUIRESLOTREQUEST'].fields_by_name['places']._loaded_options = None
+  _globals['_ACQUIRESLOTREQUEST'].fields_by_name['places']._serialized_options = b'\222\347\030\t\031\000\000\000\000\000\0000@'
+  _globals['_ACQUIRESLOTREQUEST'].fields_by_name['affinity']._loaded_options = None
+  _globals['_ACQUIRESLOTREQUEST'].fields_by_name['affinity']._serialized_options = b'\222\347\030\002  '
+  _globals['_ACQUIRESLOTREQUEST'].fields_by_name['priority']._loaded_options = None
+  _globals['_ACQUIRESLOTREQUEST'].fields_by_name['priority']._serialized_options = b'\222\347\030\0028\001'
   _globals['_RELEASESLOTSREQUEST'].fields_by_name['slot_ids']._loaded_options = None
   _globals['_RELEASESLOTSREQUEST'].fields_by_name['slot_ids']._serialized_options = b'\222\347\030\010\010\001 \200\001(\350\007'
   _globals['_PLACEMENTSERVICE'].methods_by_name['AcquireSlot']._loaded_options = None
   _globals['_PLACEMENTSERVICE'].methods_by_name['AcquireSlot']._serialized_options = b'\220\002\002\212\347\030\010\010\003\030\001\"\002\010<'
   _globals['_PLACEMENTSERVICE'].methods_by_name['ReleaseSlots']._loaded_options = None
   _globals['_PLACEMENTSERVICE'].methods_by_name['ReleaseSlots']._serialized_options = b'\220\002\002\212\347\030\010\010\003\030\002\"\002\010\005'
-  _globals['_ACQUIRESLOTREQUEST']._serialized_start=127
-  _globals['_ACQUIRESLOTREQUEST']._serialized_end=358
-  _globals['_ACQUIRESLOTRESPONSE']._serialized_start=361
-  _globals['_ACQUIRESLOTRESPONSE']._serialized_end=634
-  _globals['_SPARESLOT']._serialized_start=636
-  _globals['_SPARESLOT']._serialized_end=733
-  _globals['_SLOTTARGET']._serialized_start=735
-  _globals['_SLOTTARGET']._serialized_end=796
-  _globals['_RELEASESLOTSREQUEST']._serialized_start=798
-  _globals['_RELEASESLOTSREQUEST']._serialized_end=851
-  _globals['_RELEASESLOTSRESPONSE']._serialized_start=853
-  _globals['_RELEASESLOTSRESPONSE']._serialized_end=875
-  _globals['_PLACEMENTSERVICE']._serialized_start=878
-  _globals['_PLACEMENTSERVICE']._serialized_end=1121
+  _globals['_ACQUIRESLOTREQUEST']._serialized_start=163
+  _globals['_ACQUIRESLOTREQUEST']._serialized_end=511
+  _globals['_ACQUIRESLOTRESPONSE']._serialized_start=514
+  _globals['_ACQUIRESLOTRESPONSE']._serialized_end=787
+  _globals['_SPARESLOT']._serialized_start=789
+  _globals['_SPARESLOT']._serialized_end=886
+  _globals['_SLOTTARGET']._serialized_start=888
+  _globals['_SLOTTARGET']._serialized_end=949
+  _globals['_RELEASESLOTSREQUEST']._serialized_start=951
+  _globals['_RELEASESLOTSREQUEST']._serialized_end=1004
+  _globals['_RELEASESLOTSRESPONSE']._serialized_start=1006
+  _globals['_RELEASESLOTSRESPONSE']._serialized_end=1028
+  _globals['_PLACEMENTSERVICE']._serialized_start=1031
+  _globals['_PLACEMENTSERVICE']._serialized_end=1274
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from maas.inference.v1 import generation_pb2 as _generation_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -31,12 +32,24 @@ class AcquireSlotRequest(_message.Message):
     EXCLUDE_WORKERS_FIELD_NUMBER: _builtins.int
     MAX_WAIT_FIELD_NUMBER: _builtins.int
     SPARE_EXECUTION_IDS_FIELD_NUMBER: _builtins.int
+    PLACES_FIELD_NUMBER: _builtins.int
+    AFFINITY_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     execution_id: _builtins.str
     """Execution that will run on it; the worker reports under this id."""
     model_version: _builtins.str
     """"models/{model}/versions/{version}"."""
     project: _builtins.str
     """"projects/{project}" that calls."""
+    places: _builtins.int
+    """Places that the execution takes on its worker, all at once; 0 counts as 1."""
+    affinity: _builtins.bytes
+    """Requests with equal bytes prefer the same worker while it has room. Made by
+    the gateway from a secret, the tenant and the tenant's own key; spares pay no
+    heed to it.
+    """
+    priority: _generation_pb2.PriorityClass.ValueType
+    """Within the queue the standard class goes first."""
     @_builtins.property
     def exclude_workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """"workers/{worker}" that have just failed this request."""
@@ -61,10 +74,13 @@ class AcquireSlotRequest(_message.Message):
         exclude_workers: _abc.Iterable[_builtins.str] | None = ...,
         max_wait: _duration_pb2.Duration | None = ...,
         spare_execution_ids: _abc.Iterable[_builtins.str] | None = ...,
+        places: _builtins.int = ...,
+        affinity: _builtins.bytes = ...,
+        priority: _generation_pb2.PriorityClass.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["max_wait", b"max_wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exclude_workers", b"exclude_workers", "execution_id", b"execution_id", "max_wait", b"max_wait", "model_version", b"model_version", "project", b"project", "spare_execution_ids", b"spare_execution_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["affinity", b"affinity", "exclude_workers", b"exclude_workers", "execution_id", b"execution_id", "max_wait", b"max_wait", "model_version", b"model_version", "places", b"places", "priority", b"priority", "project", b"project", "spare_execution_ids", b"spare_execution_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
