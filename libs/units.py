@@ -29,10 +29,37 @@ def charge(tokens: int, nanos_per_million: int) -> Nanos:
 
 
 def charge_usage(
-    *, input_tokens: int, output_tokens: int, input_price: int, output_price: int
+    *,
+    input_tokens: int,
+    output_tokens: int,
+    input_price: int,
+    output_price: int,
+    cached_input_tokens: int = 0,
+    cached_input_price: int | None = None,
 ) -> Nanos:
-    """Prices a generation: the sum of its lines. Prices are nanos per million tokens."""
-    return Nanos(charge(input_tokens, input_price) + charge(output_tokens, output_price))
+    """Prices a generation: the sum of its lines. Prices are nanos per million tokens.
+
+    Two lines of input may round up to a nano more than one does; then the one counts, so that a
+    cache hit never costs more than a miss, and never more than what was held for it.
+
+    Args:
+        input_tokens: of the prompt, cached ones among them.
+        output_tokens: of all outputs.
+        input_price: of input tokens that were not cached.
+        output_price: of output tokens.
+        cached_input_tokens: the part of input_tokens that the prefix cache had.
+        cached_input_price: of these; None for input_price, and for one line of input.
+
+    Raises:
+        ValueError: a negative count or price, or more cached tokens than there are.
+    """
+    if cached_input_tokens > input_tokens:
+        raise ValueError("cached tokens are a part of the input")
+    nanos: int = charge(input_tokens, input_price)
+    if cached_input_tokens and cached_input_price is not None:
+        fresh = charge(input_tokens - cached_input_tokens, input_price)
+        nanos = min(nanos, fresh + charge(cached_input_tokens, cached_input_price))
+    return Nanos(nanos + charge(output_tokens, output_price))
 
 
 def affordable_output_tokens(

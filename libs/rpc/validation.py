@@ -38,6 +38,7 @@ _NUMBERS = {
     FieldDescriptor.CPPTYPE_DOUBLE,
     FieldDescriptor.CPPTYPE_FLOAT,
 }
+_LENGTHS = {FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES}
 
 
 class Validator:
@@ -85,9 +86,11 @@ class Validator:
 
     def _field(self, field: FieldDescriptor) -> Check | None:
         rules = field.GetOptions().Extensions[options_pb2.rules]
+        if _is_map(field):
+            return _map(field, rules)
         value_checks = _value_checks(field, rules)
         nested: list[Check] = []
-        if field.cpp_type == FieldDescriptor.CPPTYPE_MESSAGE and not _is_map(field):
+        if field.cpp_type == FieldDescriptor.CPPTYPE_MESSAGE:
             nested = self._of(field.message_type)
         if field.is_repeated:
             return _repeated(field, rules, value_checks, nested)
@@ -189,6 +192,45 @@ def _repeated(
     return check
 
 
+def _map(field: FieldDescriptor, rules: options_pb2.FieldRules) -> Check | None:
+    """Makes the check of a map of scalars: pattern is of the keys, a range of the values."""
+    name = field.name
+    assert field.message_type is not None
+    entry = field.message_type.fields_by_name
+    most = rules.max_items if rules.HasField("max_items") else None
+    of_key, of_value = options_pb2.FieldRules(), options_pb2.FieldRules()
+    of_key.CopyFrom(rules)
+    of_value.CopyFrom(rules)
+    for bound in ("gte", "lte"):
+        of_key.ClearField(bound)
+    of_value.ClearField("pattern")
+    key_checks = _value_checks(entry["key"], of_key)
+    value_checks = _value_checks(entry["value"], of_value)
+    if not key_checks and not value_checks and most is None and not rules.required:
+        return None
+
+    def check(message: Any, found: list[Violation]) -> None:
+        entries = getattr(message, name)
+        if not entries:
+            if rules.required:
+                found.append(Violation(name, FieldRule.REQUIRED, "must not be empty"))
+            return
+        if most is not None and len(entries) > most:
+            found.append(Violation(name, FieldRule.TOO_MANY, f"has more than {most} entries"))
+            return
+        # In the order of keys: that of a map on the wire means nothing.
+        for place, key in enumerate(sorted(entries)):
+            # A key that breaks its rules is not repeated: it may be long, or a secret.
+            faults = [inspect(key) for inspect in key_checks]
+            path = f"{name}[{key}]" if not any(faults) else f"{name}.key[{place}]"
+            faults += [inspect(entries[key]) for inspect in value_checks]
+            found.extend(Violation(path, *fault) for fault in faults if fault is not None)
+            if len(found) >= VIOLATIONS_MAX:
+                return
+
+    return check
+
+
 def _items(name: str, checks: list[ValueCheck], nested: list[Check]) -> Check:
     """Makes what checks the items of a repeated field, one by one."""
 
@@ -210,7 +252,7 @@ def _value_checks(field: FieldDescriptor, rules: options_pb2.FieldRules) -> list
     checks: list[ValueCheck] = []
     if field.cpp_type in _NUMBERS and (rules.HasField("gte") or rules.HasField("lte")):
         checks.append(_range(rules))
-    if rules.HasField("max_bytes"):
+    if rules.HasField("max_bytes") and field.type in _LENGTHS:
         checks.append(_length(rules.max_bytes, is_text=field.type == FieldDescriptor.TYPE_STRING))
     if rules.pattern:
         checks.append(_pattern(rules.pattern))

@@ -125,3 +125,47 @@ def test_free_output_is_bounded_by_its_input_only(nanos: int, want: int | None) 
     )
 
     assert got == want
+
+
+@given(tokens, st.data(), prices, prices, prices)
+def test_cache_hit_never_costs_more_than_a_miss(
+    input_tokens: int, data: st.DataObject, input_price: int, cached_price: int, output_price: int
+) -> None:
+    cached = data.draw(st.integers(0, input_tokens))
+    miss = charge_usage(
+        input_tokens=input_tokens,
+        output_tokens=3,
+        input_price=input_price,
+        output_price=output_price,
+    )
+    hit = charge_usage(
+        input_tokens=input_tokens,
+        output_tokens=3,
+        input_price=input_price,
+        output_price=output_price,
+        cached_input_tokens=cached,
+        cached_input_price=cached_price,
+    )
+    split = charge(input_tokens - cached, input_price) + charge(cached, cached_price)
+
+    assert hit == min(miss, split + charge(3, output_price))
+
+
+def test_cached_tokens_have_their_own_price() -> None:
+    nanos = charge_usage(
+        input_tokens=1000,
+        output_tokens=0,
+        input_price=2_000_000,
+        output_price=0,
+        cached_input_tokens=600,
+        cached_input_price=500_000,
+    )
+
+    assert nanos == 400 * 2 + 300
+
+
+def test_more_cached_tokens_than_input_is_a_defect() -> None:
+    with pytest.raises(ValueError, match="part of the input"):
+        charge_usage(
+            input_tokens=1, output_tokens=0, input_price=1, output_price=1, cached_input_tokens=2
+        )

@@ -27,7 +27,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_INVALID_FIELD: _ErrorReason.ValueType  # 1
     """INVALID_ARGUMENT with BadRequest: one violation per bad field, with its
     path and a reason out of REQUIRED, OUT_OF_RANGE, TOO_LONG, TOO_MANY,
-    BAD_FORMAT, CONFLICTING, UNKNOWN_ENUM. Keys: field.
+    BAD_FORMAT, CONFLICTING, UNKNOWN_ENUM, UNSUPPORTED. Keys: field.
     """
     ERROR_REASON_BAD_PAGE_TOKEN: _ErrorReason.ValueType  # 2
     """INVALID_ARGUMENT. The page token is malformed."""
@@ -156,7 +156,7 @@ ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
 ERROR_REASON_INVALID_FIELD: ErrorReason.ValueType  # 1
 """INVALID_ARGUMENT with BadRequest: one violation per bad field, with its
 path and a reason out of REQUIRED, OUT_OF_RANGE, TOO_LONG, TOO_MANY,
-BAD_FORMAT, CONFLICTING, UNKNOWN_ENUM. Keys: field.
+BAD_FORMAT, CONFLICTING, UNKNOWN_ENUM, UNSUPPORTED. Keys: field.
 """
 ERROR_REASON_BAD_PAGE_TOKEN: ErrorReason.ValueType  # 2
 """INVALID_ARGUMENT. The page token is malformed."""

@@ -9,7 +9,7 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool
 from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor
 from grpc_health.v1 import health_pb2
-from maas.common.v1 import options_pb2
+from maas.common.v1 import capabilities_pb2, options_pb2
 
 from libs.rpc.policy import Audience, policies_of, policy_of, service_config
 from tests.unit.libs.rpc.contract import files, messages, methods, services
@@ -102,26 +102,35 @@ def test_lists_and_watches_have_one_shape(method: MethodDescriptor) -> None:
         assert "snapshot_complete" in method.output_type.fields_by_name
 
 
+def kinds(field: FieldDescriptor) -> list[FieldDescriptor]:
+    """The field itself; of a map its key and its value."""
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        return list(field.message_type.fields)
+    return [field]
+
+
 @pytest.mark.parametrize("message", list(messages()), ids=lambda item: item.full_name)
 def test_rules_fit_their_fields(message: Descriptor) -> None:
     for field in message.fields:
         rules = rules_of(field)
         where = field.full_name
         if rules.HasField("gte") or rules.HasField("lte"):
-            assert field.cpp_type in NUMBERS, where
+            assert any(kind.cpp_type in NUMBERS for kind in kinds(field)), where
         if rules.HasField("gte") and rules.HasField("lte"):
             assert rules.gte < rules.lte, where
         if rules.HasField("max_bytes"):
-            assert field.cpp_type in TEXTS, where
+            assert any(kind.cpp_type in TEXTS for kind in kinds(field)), where
             assert rules.max_bytes > 0, where
         if rules.HasField("max_items"):
             assert field.is_repeated, where
             assert rules.max_items > 0, where
         if rules.pattern:
-            assert field.type == FieldDescriptor.TYPE_STRING, where
+            assert kinds(field)[0].type == FieldDescriptor.TYPE_STRING, where
             re.compile(rules.pattern)
         if rules.defined_only:
             assert field.enum_type is not None, where
+        if rules.needs:
+            assert rules.needs in capabilities_pb2.Capabilities.DESCRIPTOR.fields_by_name, where
 
 
 def reachable(message: Descriptor, seen: set[str]) -> list[FieldDescriptor]:
@@ -136,15 +145,45 @@ def reachable(message: Descriptor, seen: set[str]) -> list[FieldDescriptor]:
     return found
 
 
+def owner_of(field: FieldDescriptor) -> Descriptor:
+    """The message that a field belongs to."""
+    assert field.containing_type is not None
+    return field.containing_type
+
+
+def from_outside() -> list[FieldDescriptor]:
+    """Fields of all requests that do not come from services of the suite."""
+    seen: set[str] = set()
+    return [
+        field
+        for method in methods()
+        if policy_of(method).audience is not Audience.INTERNAL
+        for field in reachable(method.input_type, seen)
+        if not owner_of(field).GetOptions().map_entry
+    ]
+
+
 def test_floats_that_come_in_from_outside_have_both_bounds() -> None:
-    for method in methods():
-        if policy_of(method).audience is Audience.INTERNAL:
-            continue
-        for field in reachable(method.input_type, set()):
-            if field.cpp_type in FLOATS:
-                rules = rules_of(field)
-                assert rules.HasField("gte"), field.full_name
-                assert rules.HasField("lte"), field.full_name
+    for field in from_outside():
+        if any(kind.cpp_type in FLOATS for kind in kinds(field)):
+            assert rules_of(field).HasField("gte"), field.full_name
+            assert rules_of(field).HasField("lte"), field.full_name
+
+
+def test_lists_that_come_in_from_outside_are_bounded() -> None:
+    for field in from_outside():
+        if field.is_repeated:
+            assert rules_of(field).HasField("max_items"), field.full_name
+
+
+def test_texts_in_requests_to_the_token_api_are_bounded() -> None:
+    for field in from_outside():
+        if owner_of(field).file.package == "maas.inference.v1" and any(
+            kind.cpp_type in TEXTS for kind in kinds(field)
+        ):
+            rules = rules_of(field)
+            # A pattern with a count in braces is a bound too.
+            assert rules.HasField("max_bytes") or rules.pattern.endswith("}"), field.full_name
 
 
 def test_no_request_is_recursive() -> None:

@@ -14,6 +14,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from maas.auth.v1 import api_key_service_pb2, tenancy_service_pb2
 from maas.catalog.v1 import model_pb2, offering_service_pb2
 from maas.common.v1 import options_pb2
+from maas.inference.v1 import generation_pb2
 
 from libs.errors import FieldRule, InvalidArgument
 from libs.rpc.validation import VIOLATIONS_MAX, Validator
@@ -212,3 +213,35 @@ def test_required_message_has_to_be_there() -> None:
     request = offering_service_pb2.CreateOfferingRequest(offering_id="o")
 
     assert violations(request) == [("offering", FieldRule.REQUIRED)]
+
+
+def test_map_is_bounded_in_number_keys_and_values() -> None:
+    spec = generation_pb2.GenerationSpec
+    many = {f"k{number}": "" for number in range(17)}
+
+    assert violations(spec(model="m", labels={"team": "a" * 256})) == []
+    assert violations(spec(model="m", labels=many)) == [("labels", FieldRule.TOO_MANY)]
+    assert violations(spec(model="m", labels={"team": "a" * 257})) == [
+        ("labels[team]", FieldRule.TOO_LONG)
+    ]
+
+
+def test_bad_key_of_a_map_is_named_by_its_place_and_not_repeated() -> None:
+    message = generation_pb2.GenerationSpec(model="m", labels={"a": "", "Secret Name": ""})
+
+    assert violations(message) == [("labels.key[0]", FieldRule.BAD_FORMAT)]
+
+
+@pytest.mark.parametrize("value", [100.5, -101.0, math.nan, math.inf])
+def test_number_in_a_map_has_bounds(value: float) -> None:
+    message = generation_pb2.SamplingOptions(logit_bias={7: 100.0, 9: value})
+
+    assert violations(message) == [("logit_bias[9]", FieldRule.OUT_OF_RANGE)]
+
+
+def test_path_leads_into_a_map_of_a_nested_message() -> None:
+    message = generation_pb2.GenerationSpec(
+        model="m", sampling=generation_pb2.SamplingOptions(logit_bias={3: 1000})
+    )
+
+    assert violations(message) == [("sampling.logit_bias[3]", FieldRule.OUT_OF_RANGE)]
