@@ -8,7 +8,7 @@ SETUP := if [ -x $(PY) ]; then $(PY) -I -S tools/setup.py; else $(PYTHON) tools/
 SETUP_DEV := if [ -x $(PY) ]; then $(PY) -I -S tools/setup.py --dev; else $(PYTHON) tools/setup.py --dev; fi
 SETUP_BENCH := if [ -x $(PY) ]; then $(PY) -I -S tools/setup.py --bench; else $(PYTHON) tools/setup.py --bench; fi
 
-SOURCES := libs services tools tests
+SOURCES := libs services tools tests docs/clients/python
 TESTS := $(wildcard tests/tidy tests/unit tests/sim tests/integration tests/system)
 FLAGS = $(if $(ENGINE),--engine "$(ENGINE)") $(if $(MODEL),--model "$(MODEL)") \
 	$(if $(CAPACITY),--capacity "$(CAPACITY)") $(if $(WORKERS),--workers "$(WORKERS)") $(ARGS)

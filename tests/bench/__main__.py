@@ -32,6 +32,7 @@ class Measure(Protocol):
 MEASURES: dict[str, Measure] = {
     "paced": streams.paced,
     "flat": streams.flat_out,
+    "logprobs": streams.logprobs,
     "worker": streams.worker,
     "first-token": requests.first_token,
     "single": requests.single,

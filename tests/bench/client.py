@@ -150,6 +150,9 @@ class Crowd:
     async def _stream(self, index: int) -> None:
         started_s = time.perf_counter()
         request = self._client.request(index, self._load.tokens)
+        if self._load.top_logprobs is not None:
+            request.spec.output.return_logprobs = True
+            request.spec.output.top_logprobs = self._load.top_logprobs
         if self._load.frame_interval_s:
             nanos = int(self._load.frame_interval_s * 1e9)
             request.stream.frame_interval.FromNanoseconds(nanos)

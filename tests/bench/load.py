@@ -33,6 +33,7 @@ class Load:
         per_s: of arrivals.
         seed: of the arrivals' moments.
         seconds: that streams are watched "together".
+        top_logprobs: alternatives with each token's log-probability; None for no scores.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Load:
     per_s: float = 0.0
     seed: int = 0
     seconds: float = 0.0
+    top_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tests.bench.load import Load, Measured, run
 from tests.bench.measure import middle, quantile
@@ -22,6 +22,8 @@ CAPACITY = 1024
 PACED_STREAMS = 64
 COLLECTED_S = 0.08
 WORKER_AIM_US = 5.0
+TOP_LOGPROBS = 5
+LOGPROBS_AIM = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +167,24 @@ def _print_together(together: list[tuple[Load, Measured]]) -> None:
     table(
         "No stream starves: tokens of each while all run, flat out, through the suite", header, rows
     )
+
+
+def logprobs(repeats: int, *, is_quick: bool) -> None:
+    """Log-probabilities with five alternatives beside plain text, paced and flat out."""
+    divisor = 10 if is_quick else 1
+    for title, flags, count, tokens in (
+        ("64 streams at 50 tokens/s", f"--step={STEP_S * 1000:g}ms", PACED_STREAMS, 350),
+        ("32 streams flat out", "--flat-out", 32, 1000),
+    ):
+        plain = Load(kind="streams", count=count, tokens=tokens // divisor)
+        scored = replace(plain, top_logprobs=TOP_LOGPROBS)
+        with suite(["--engine=sim", f"--capacity={CAPACITY}", flags]) as whole:
+            cases = [
+                Case("plain text", whole, plain),
+                Case(f"log-probabilities, top {TOP_LOGPROBS}", whole, scored, LOGPROBS_AIM),
+            ]
+            measure(cases, repeats)
+        print_cases(f"Log-probabilities, {title}; floor: plain text", cases)
 
 
 def worker(repeats: int, *, is_quick: bool) -> None:
