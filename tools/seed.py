@@ -52,6 +52,7 @@ ACCOUNT = "accounts/dev"
 GRANT_NANOS = 100_000_000_000
 GRANT_REQUEST_ID = "seed-grant"
 INPUT_NANOS_PER_MILLION = 150_000_000
+CACHED_INPUT_NANOS_PER_MILLION = 75_000_000
 OUTPUT_NANOS_PER_MILLION = 600_000_000
 PATIENCE_S = 60.0
 """How long services may take to find each other, and workers to register."""
@@ -265,13 +266,14 @@ async def offers(catalog: rpc.Peer, offering_id: str, plan: Plan) -> bool:
 
 
 async def create_price(billing: rpc.Peer, offering: str) -> None:
-    """Prices the offering, once."""
+    """Prices the offering, once; a price of an earlier start stays as it is."""
     stub = PriceServiceStub(billing.channel)
     request = prices.CreatePriceRequest(
         price_id=last_part(offering),
         price=ledger_pb2.Price(
             offering=offering,
             input_price_per_million=usd(INPUT_NANOS_PER_MILLION),
+            cached_input_price_per_million=usd(CACHED_INPUT_NANOS_PER_MILLION),
             output_price_per_million=usd(OUTPUT_NANOS_PER_MILLION),
         ),
     )

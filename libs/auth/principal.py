@@ -37,8 +37,11 @@ class Principal:
 _TENANT = frozenset(
     {
         "accounts.get",
+        "adapters.get",
+        "adapters.list",
         "balances.get",
         "callers.get",
+        "embeddings.create",
         "generations.cancel",
         "generations.create",
         "generations.get",
@@ -47,11 +50,14 @@ _TENANT = frozenset(
         "offerings.list",
         "prices.get",
         "prices.list",
+        "tokens.count",
         "usageRecords.list",
     }
 )
-# An administrator has no project to charge, so generating needs a tenant's key.
-_NOT_ADMINISTRATOR = frozenset({"generations.cancel", "generations.create", "generations.get"})
+# An administrator has no project to charge, so generating and embedding need a tenant's key.
+_NOT_ADMINISTRATOR = frozenset(
+    {"embeddings.create", "generations.cancel", "generations.create", "generations.get"}
+)
 
 
 def permits(role: Role, permission: str) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
+from types import MappingProxyType
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from maas.billing.v1 import account_service_pb2, credit_slice_service_pb2, ledger_pb2
@@ -41,6 +42,7 @@ _POSTED_KINDS = {
     ledger_pb2.ENTRY_KIND_GRANT: EntryKind.GRANT,
     ledger_pb2.ENTRY_KIND_ADJUSTMENT: EntryKind.ADJUSTMENT,
 }
+_NO_LABELS: Mapping[str, str] = MappingProxyType({})
 _END_CAUSES = {cause.value: cause for cause in EndCause}
 
 
@@ -235,12 +237,14 @@ def price_from_pb(price_id: str, message: ledger_pb2.Price, now: datetime) -> Pr
     effective_time = now
     if message.HasField("effective_time"):
         effective_time = time_from_pb(message.effective_time, "price.effective_time")
+    input_price = _price_per_million(
+        message.input_price_per_million, "price.input_price_per_million"
+    )
     return Price(
         price_id=price_id,
         offering_id=offering_id_of(message.offering, "price.offering"),
-        input_price=_price_per_million(
-            message.input_price_per_million, "price.input_price_per_million"
-        ),
+        input_price=input_price,
+        cached_input_price=_cached_input_price(message, input_price),
         output_price=_price_per_million(
             message.output_price_per_million, "price.output_price_per_million"
         ),
@@ -260,13 +264,27 @@ def _price_per_million(money: money_pb2.Money, field: str) -> int:
     return nanos
 
 
+def _cached_input_price(message: ledger_pb2.Price, input_price: int) -> int | None:
+    if not message.HasField("cached_input_price_per_million"):
+        return None
+    field = "price.cached_input_price_per_million"
+    nanos = _price_per_million(message.cached_input_price_per_million, field)
+    if nanos > input_price:
+        raise invalid_field(
+            f"{field}.nanos", FieldRule.OUT_OF_RANGE, "must not exceed input_price_per_million"
+        )
+    return nanos
+
+
 def price_to_pb(price: Price) -> ledger_pb2.Price:
     """Writes a price."""
+    cached = price.cached_input_price
     return ledger_pb2.Price(
         name=f"prices/{price.price_id}",
         offering=f"offerings/{price.offering_id}",
         input_price_per_million=money_to_pb(price.input_price),
         output_price_per_million=money_to_pb(price.output_price),
+        cached_input_price_per_million=None if cached is None else money_to_pb(cached),
         effective_time=time_to_pb(price.effective_time),
         create_time=time_to_pb(price.create_time),
     )
@@ -302,6 +320,9 @@ def settlements_from_pb(
 
 def _settlement_from_pb(message: credit_slice_service_pb2.Settlement) -> Settlement:
     model_id, version_id = ids_of(message.model_version, "models/*/versions/*", "model_version")
+    usage = message.usage
+    input_tokens = _tokens(usage.input_tokens, "usage.input_tokens")
+    output_tokens = _tokens(usage.output_tokens, "usage.output_tokens")
     return Settlement(
         generation_id=text_of(message.generation_id, "generation_id"),
         slice_id=text_of(message.slice_id, "slice_id"),
@@ -312,14 +333,24 @@ def _settlement_from_pb(message: credit_slice_service_pb2.Settlement) -> Settlem
         model_id=model_id,
         version_id=version_id,
         price_id=price_id_of(message.price, "price"),
-        input_tokens=_tokens(message.usage.input_tokens, "usage.input_tokens"),
-        output_tokens=_tokens(message.usage.output_tokens, "usage.output_tokens"),
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        cached_input_tokens=_part(
+            usage.cached_input_tokens, input_tokens, "usage.cached_input_tokens"
+        ),
+        reasoning_tokens=_part(usage.reasoning_tokens, output_tokens, "usage.reasoning_tokens"),
         end_cause=_END_CAUSES[message.end_cause],
         start_time=time_from_pb(message.start_time, "start_time"),
         end_time=time_from_pb(message.end_time, "end_time"),
         request_id=text_of(message.request_id, "request_id"),
         request_sha256=_request_sha256(message),
+        labels=_labels(message.labels) if message.labels else _NO_LABELS,
+        end_user=text_of(message.end_user, "end_user"),
     )
+
+
+def _labels(labels: Mapping[str, str]) -> dict[str, str]:
+    return {text_of(key, "labels"): text_of(value, "labels") for key, value in labels.items()}
 
 
 def _request_sha256(message: credit_slice_service_pb2.Settlement) -> bytes:
@@ -341,6 +372,14 @@ def _tokens(count: int, field: str) -> int:
     return count
 
 
+def _part(count: int, whole: int, field: str) -> int:
+    if not 0 <= count <= whole:
+        raise invalid_field(
+            field, FieldRule.OUT_OF_RANGE, f"must be between 0 and {whole}, of which it is a part"
+        )
+    return count
+
+
 def record_to_pb(record: UsageRecord) -> ledger_pb2.UsageRecord:
     """Writes a usage record."""
     told = record.settlement
@@ -353,7 +392,10 @@ def record_to_pb(record: UsageRecord) -> ledger_pb2.UsageRecord:
         model_version=f"models/{told.model_id}/versions/{told.version_id}",
         price=f"prices/{told.price_id}",
         usage=usage_pb2.TokenUsage(
-            input_tokens=told.input_tokens, output_tokens=told.output_tokens
+            input_tokens=told.input_tokens,
+            output_tokens=told.output_tokens,
+            cached_input_tokens=told.cached_input_tokens,
+            reasoning_tokens=told.reasoning_tokens,
         ),
         charge=money_to_pb(record.charge),
         end_cause=ledger_pb2.EndCause.ValueType(told.end_cause.value),
@@ -361,4 +403,6 @@ def record_to_pb(record: UsageRecord) -> ledger_pb2.UsageRecord:
         end_time=time_to_pb(told.end_time),
         settle_time=time_to_pb(record.settle_time),
         request_id=told.request_id,
+        labels=told.labels,
+        end_user=told.end_user,
     )

@@ -32,6 +32,8 @@ def amount_of(settlement: Settlement, price: Price) -> Nanos:
         output_tokens=settlement.output_tokens,
         input_price=price.input_price,
         output_price=price.output_price,
+        cached_input_tokens=settlement.cached_input_tokens,
+        cached_input_price=price.cached_input_price,
     )
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from libs.errors import FailedPrecondition, FieldRule, Reason, invalid_field
@@ -22,7 +23,8 @@ REVENUE = "system-revenue"
 FUNDING = "system-funding"
 BAD_DEBT = "system-bad-debt"
 
-# Bounds that keep every charge within 64 bits: 2 * TOKENS_MAX * PRICE_MAX / 10^6 < 2^63.
+# Bounds that keep every charge within 64 bits: 2 * TOKENS_MAX * PRICE_MAX / 10^6 < 2^63. Cached
+# tokens are a part of the input and cost no more than the rest of it.
 PRICE_MAX = 10**15
 TOKENS_MAX = 2**32
 
@@ -167,6 +169,8 @@ class Price:
         offering_id: what it is for.
         input_price: nanos per million input tokens.
         output_price: nanos per million output tokens.
+        cached_input_price: nanos per million input tokens that the prefix cache had, at most
+            input_price; None for the same.
         effective_time: from when on it is in force.
         create_time: when it was created.
         revision: order of creation.
@@ -178,6 +182,7 @@ class Price:
     output_price: int
     effective_time: datetime
     create_time: datetime
+    cached_input_price: int | None = None
     revision: int = 0
 
     def is_repeat_of(self, stored: Price) -> bool:
@@ -222,8 +227,14 @@ class Settlement:
     """One generation that has ended, as the gateway tells it. Ids are the parts of names.
 
     Attributes:
+        input_tokens: of the prompt, those from the prefix cache among them.
+        output_tokens: released to the client, reasoning among them.
+        cached_input_tokens: part of input_tokens that the prefix cache had.
+        reasoning_tokens: part of output_tokens that is reasoning.
         request_id: the client's idempotency key; empty when it gave none.
         request_sha256: of what was asked for, 32 bytes; empty when it is not known.
+        labels: the client's own.
+        end_user: the client's own id of whom the request was for; empty when it said none.
     """
 
     generation_id: str
@@ -242,6 +253,10 @@ class Settlement:
     end_time: datetime
     request_id: str = ""
     request_sha256: bytes = b""
+    cached_input_tokens: int = 0
+    reasoning_tokens: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict)
+    end_user: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from maas.catalog.v1 import model_service_pb2, offering_service_pb2
+from maas.catalog.v1 import adapter_service_pb2, model_service_pb2, offering_service_pb2
 
 from libs import postgres, process
 from libs.clock import SystemClock
@@ -15,8 +15,8 @@ from libs.rpc.feed import poll_revision
 from libs.rpc.identity import Identity
 from libs.rpc.run import key_table, start_metrics
 from services.catalog.config import Config
-from services.catalog.service import ModelService, OfferingService
-from services.catalog.store import CatalogStore
+from services.catalog.service import AdapterService, ModelService, OfferingService
+from services.catalog.store import AdapterStore, CatalogStore
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -40,6 +40,8 @@ async def main(config: Config) -> None:
         server.add(ModelService(store, clock), models)
         offerings = offering_service_pb2.DESCRIPTOR.services_by_name["OfferingService"]
         server.add(OfferingService(store, hub, clock), offerings)
+        adapters = adapter_service_pb2.DESCRIPTOR.services_by_name["AdapterService"]
+        server.add(AdapterService(AdapterStore(database), hub, clock), adapters)
         await server.start()
         await server.serve()
 

@@ -5,20 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 
-from maas.catalog.v1 import model_pb2, model_service_pb2, offering_service_pb2
+from maas.catalog.v1 import (
+    adapter_service_pb2,
+    model_pb2,
+    model_service_pb2,
+    offering_service_pb2,
+)
 
 from libs import ids
 from services.catalog.domain import (
     OUTPUT_TOKENS_DEFAULT,
+    Adapter,
     BoundOffering,
     Model,
     ModelVersion,
     Offering,
+    StoredAdapter,
 )
 
 MODEL_NAME = "models/*"
 VERSION_NAME = "models/*/versions/*"
 OFFERING_NAME = "offerings/*"
+ADAPTER_NAME = "adapters/*"
+PROJECT_NAME = "projects/*"
 
 
 def model_from_pb(request: model_service_pb2.CreateModelRequest, now: datetime) -> Model:
@@ -130,5 +139,55 @@ def changes_to_pb(
     """Writes one response of a watch."""
     return offering_service_pb2.WatchOfferingsResponse(
         offerings=[offering_to_pb(item) for item in offerings],
+        snapshot_complete=completes_snapshot,
+    )
+
+
+def adapter_from_pb(request: adapter_service_pb2.CreateAdapterRequest, now: datetime) -> Adapter:
+    """Reads the adapter that is to be created.
+
+    Raises:
+        InvalidArgument: `model_version` is no name of a version, or `project` none of a project.
+    """
+    message = request.adapter
+    model_id, version_id = ids.parse_name(
+        message.model_version, VERSION_NAME, field="adapter.model_version"
+    )
+    project_id = ""
+    if message.project:
+        (project_id,) = ids.parse_name(message.project, PROJECT_NAME, field="adapter.project")
+    return Adapter(
+        adapter_id=request.adapter_id,
+        model_id=model_id,
+        version_id=version_id,
+        path=message.path,
+        digest=message.digest,
+        project_id=project_id,
+        create_time=now,
+    )
+
+
+def adapter_to_pb(adapter: Adapter) -> model_pb2.Adapter:
+    """Writes an adapter."""
+    message = model_pb2.Adapter(
+        name=f"adapters/{adapter.adapter_id}",
+        model_version=adapter.version_name,
+        path=adapter.path,
+        digest=adapter.digest,
+        project=f"projects/{adapter.project_id}" if adapter.project_id else "",
+    )
+    message.create_time.FromDatetime(adapter.create_time)
+    return message
+
+
+def adapter_changes_to_pb(
+    adapters: Sequence[StoredAdapter], *, completes_snapshot: bool
+) -> adapter_service_pb2.WatchAdaptersResponse:
+    """Writes one response of a watch."""
+    return adapter_service_pb2.WatchAdaptersResponse(
+        adapters=[adapter_to_pb(item.adapter) for item in adapters if not item.is_deleted],
+        deleted_names=[
+            f"adapters/{item.adapter.adapter_id}" for item in adapters if item.is_deleted
+        ],
         snapshot_complete=completes_snapshot,
     )

@@ -1,4 +1,4 @@
-"""Models, their versions, and what tenants may call. Pure: no gRPC, no SQL, no clock."""
+"""Models, their versions, adapters, and what tenants may call. Pure: no gRPC, no SQL, no clock."""
 
 from __future__ import annotations
 
@@ -104,7 +104,50 @@ class BoundOffering:
     revision: int
 
 
-Created = Model | ModelVersion | Offering
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """A LoRA adapter for one model version. Never changes.
+
+    Attributes:
+        adapter_id: last part of its name.
+        model_id: model of the version that it was made for.
+        version_id: the version that it was made for.
+        path: of the file, relative to the directory of adapters that workers are given.
+        digest: "sha256:<hex>" of the file.
+        project_id: the project that alone may use it; empty for all.
+        create_time: when it was created.
+    """
+
+    adapter_id: str
+    model_id: str
+    version_id: str
+    path: str
+    digest: str
+    project_id: str
+    create_time: datetime
+
+    @property
+    def version_name(self) -> str:
+        """Resource name of the version that it was made for."""
+        return f"models/{self.model_id}/versions/{self.version_id}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredAdapter:
+    """An adapter as watchers hear of it.
+
+    Attributes:
+        adapter: as it was created.
+        is_deleted: it may not be used any more.
+        revision: grows with every change of any adapter.
+    """
+
+    adapter: Adapter
+    is_deleted: bool
+    revision: int
+
+
+Created = Model | ModelVersion | Offering | Adapter
 """What Create calls make, and repeat without harm."""
 
 

@@ -6,18 +6,24 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
+from maas.catalog.v1 import adapter_service_pb2 as adapter_pb
+from maas.catalog.v1 import (
+    adapter_service_pb2_grpc,
+    model_service_pb2_grpc,
+    offering_service_pb2_grpc,
+)
 from maas.catalog.v1 import model_service_pb2 as model_pb
-from maas.catalog.v1 import model_service_pb2_grpc, offering_service_pb2_grpc
 from maas.catalog.v1 import offering_service_pb2 as offering_pb
 from typing_extensions import override
 
 from libs import ids, paging
+from libs.auth import Role
 from libs.clock import Clock
 from libs.limits import WATCH_BOOKMARK_S
-from libs.rpc import Hub
+from libs.rpc import Hub, current_call
 from libs.rpc.feed import changes
 from services.catalog import convert
-from services.catalog.store import CatalogStore
+from services.catalog.store import AdapterStore, CatalogStore
 
 if TYPE_CHECKING:
     from grpc.aio import ServicerContext
@@ -150,3 +156,84 @@ class OfferingService(offering_service_pb2_grpc.OfferingServiceServicer):
         async with aclosing(changes(self._hub, read_after, bookmark_s=self._bookmark_s)) as feed:
             async for item in feed:
                 yield convert.changes_to_pb(item.items, completes_snapshot=item.completes_snapshot)
+
+
+class AdapterService(adapter_service_pb2_grpc.AdapterServiceServicer):
+    """LoRA adapters: maas.catalog.v1.AdapterService.
+
+    Args:
+        store: where adapters are kept.
+        hub: wakes watchers when an adapter has come or gone.
+        clock: time of records.
+        bookmark_s: longest time between two responses of a watch.
+    """
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        hub: Hub,
+        clock: Clock,
+        *,
+        bookmark_s: float = WATCH_BOOKMARK_S,
+    ) -> None:
+        self._store = store
+        self._hub = hub
+        self._clock = clock
+        self._bookmark_s = bookmark_s
+
+    @override
+    async def CreateAdapter(
+        self, request: adapter_pb.CreateAdapterRequest, _: Context
+    ) -> adapter_pb.CreateAdapterResponse:
+        """Creates an adapter."""
+        wanted = convert.adapter_from_pb(request, self._clock.now())
+        adapter = await self._store.create_adapter(wanted)
+        self._hub.poke()
+        return adapter_pb.CreateAdapterResponse(adapter=convert.adapter_to_pb(adapter))
+
+    @override
+    async def GetAdapter(
+        self, request: adapter_pb.GetAdapterRequest, _: Context
+    ) -> adapter_pb.GetAdapterResponse:
+        """Reads an adapter that the caller may use."""
+        (adapter_id,) = ids.parse_name(request.name, convert.ADAPTER_NAME, field="name")
+        adapter = await self._store.get_adapter(adapter_id, _project_of_caller())
+        return adapter_pb.GetAdapterResponse(adapter=convert.adapter_to_pb(adapter))
+
+    @override
+    async def ListAdapters(
+        self, request: adapter_pb.ListAdaptersRequest, _: Context
+    ) -> adapter_pb.ListAdaptersResponse:
+        """Lists the adapters that the caller may use, by name."""
+        page = paging.page_of(request.page_size, request.page_token)
+        adapters = await self._store.list_adapters(_project_of_caller(), page)
+        items, token = paging.cut_named([convert.adapter_to_pb(item) for item in adapters], page)
+        return adapter_pb.ListAdaptersResponse(adapters=items, next_page_token=token)
+
+    @override
+    async def DeleteAdapter(
+        self, request: adapter_pb.DeleteAdapterRequest, _: Context
+    ) -> adapter_pb.DeleteAdapterResponse:
+        """Deletes an adapter; deleting it again changes nothing."""
+        (adapter_id,) = ids.parse_name(request.name, convert.ADAPTER_NAME, field="name")
+        await self._store.delete_adapter(adapter_id, self._clock.now())
+        self._hub.poke()
+        return adapter_pb.DeleteAdapterResponse()
+
+    @override
+    async def WatchAdapters(
+        self, _request: adapter_pb.WatchAdaptersRequest, _: Context
+    ) -> AsyncGenerator[adapter_pb.WatchAdaptersResponse, None]:
+        """Streams every adapter, then each change, then signs of life."""
+        read_after = self._store.list_adapters_after
+        async with aclosing(changes(self._hub, read_after, bookmark_s=self._bookmark_s)) as feed:
+            async for item in feed:
+                yield convert.adapter_changes_to_pb(
+                    item.items, completes_snapshot=item.completes_snapshot
+                )
+
+
+def _project_of_caller() -> str | None:
+    """Id of the tenant's project; None for an administrator, who sees all."""
+    caller = current_call().require_principal()
+    return None if caller.role is Role.ADMINISTRATOR else caller.project

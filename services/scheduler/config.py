@@ -17,7 +17,8 @@ class SchedulerSection(Section):
         heartbeat_interval: workers say something at least this often.
         lease_duration: a worker that says nothing for this long is lost.
         start_within: a granted slot whose execution was not reported started by then is freed.
-        queue_length_max: requests that may wait for one model version; more are refused.
+        queue_length_max: requests of one class that may wait for one model version; more are
+            refused.
         wait_default: longest wait of a request that names none.
         wait_max: longest wait that a request may name; longer ones are cut to it. Below the
             default deadline of AcquireSlot, so that the refusal says why.

@@ -7,7 +7,9 @@ from datetime import datetime
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
+from maas.common.v1 import capabilities_pb2
 from maas.engine.v1 import engine_pb2
+from maas.inference.v1 import generation_pb2
 from maas.scheduler.v1 import (
     placement_service_pb2,
     worker_pb2,
@@ -23,6 +25,7 @@ from services.scheduler.core.messages import (
     Grant,
     Load,
     LoadReported,
+    Priority,
     Registration,
     SlotAsked,
     Target,
@@ -79,6 +82,13 @@ def ask_from_pb(
         project=request.project,
         excluded=frozenset(request.exclude_workers),
         max_wait_s=min(wait_s, wait_max_s),
+        places=max(request.places, 1),
+        affinity=request.affinity,
+        priority=(
+            Priority.BACKGROUND
+            if request.priority == generation_pb2.PRIORITY_CLASS_BACKGROUND
+            else Priority.STANDARD
+        ),
         spare_execution_ids=_spare_ids(request),
     )
 
@@ -184,6 +194,9 @@ def info_from_pb(message: engine_pb2.EngineInfo) -> EngineInfo:
         max_waiting=message.max_waiting,
         vocabulary_size=message.vocabulary_size,
         digest=message.digest,
+        capabilities=(
+            message.capabilities.SerializeToString() if message.HasField("capabilities") else None
+        ),
     )
 
 
@@ -198,6 +211,11 @@ def info_to_pb(info: EngineInfo) -> engine_pb2.EngineInfo:
         max_waiting=info.max_waiting,
         vocabulary_size=info.vocabulary_size,
         digest=info.digest,
+        capabilities=(
+            None
+            if info.capabilities is None
+            else capabilities_pb2.Capabilities.FromString(info.capabilities)
+        ),
     )
 
 
@@ -210,6 +228,7 @@ def load_from_pb(message: engine_pb2.LoadReport) -> Load:
         waiting_tokens=message.waiting_tokens if has("waiting_tokens") else None,
         kv_used_tokens=message.kv_used_tokens if has("kv_used_tokens") else None,
         kv_total_tokens=message.kv_total_tokens if has("kv_total_tokens") else None,
+        resident_adapters=tuple(message.resident_adapters),
     )
 
 
@@ -221,6 +240,7 @@ def load_to_pb(load: Load) -> engine_pb2.LoadReport:
         waiting_tokens=load.waiting_tokens,
         kv_used_tokens=load.kv_used_tokens,
         kv_total_tokens=load.kv_total_tokens,
+        resident_adapters=load.resident_adapters,
     )
 
 
@@ -239,7 +259,7 @@ def worker_to_pb(worker: Worker, time_of: Callable[[float], datetime]) -> worker
         state=_STATES[worker.state],
         info=info_to_pb(worker.registration.info),
         load=load_to_pb(worker.load) if worker.load is not None else None,
-        slots_in_use=len(worker.slots),
+        slots_in_use=worker.used,
         connect_time=time_to_pb(time_of(worker.registered_s)),
         last_heartbeat_time=time_to_pb(time_of(worker.heard_s)),
     )

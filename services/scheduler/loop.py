@@ -245,7 +245,7 @@ class Scheduler:
         state = self._state
         metrics.GAUGES.latest = metrics.Snapshot(
             queued={key: len(state.queues.get(key, ())) for key in {*state.ready, *state.queues}},
-            slots_in_use={item.name: len(item.slots) for item in state.workers.values()},
+            slots_in_use={item.name: item.used for item in state.workers.values()},
             workers={
                 kind.value: sum(item.state is kind for item in state.workers.values())
                 for kind in WorkerState

@@ -35,7 +35,7 @@ class Snapshot:
 
     Attributes:
         queued: waiting requests by model version; zero for versions that are served.
-        slots_in_use: slots by worker.
+        slots_in_use: places of slots by worker.
         workers: workers by state.
     """
 
@@ -62,7 +62,7 @@ class _Gauges(Collector):
         )
         yield _gauge(
             "maas_scheduler_slots_in_use",
-            "Slots granted that have not ended.",
+            "Places of slots granted that have not ended.",
             "worker",
             latest.slots_in_use,
         )

@@ -53,6 +53,7 @@ class SpareGateways:
         state, claim = self._world.state, self._world.claim
         worker = state.slots[spare.execution_id].worker
         claim(request.ask.model_version not in state.queues, f"{spare} came while others wait")
+        claim(state.next_waiter(worker) is None, f"{spare} is where others wait")
         claim(worker.name not in request.ask.excluded, f"{spare} is excluded")
         claim(worker.state is WorkerState.READY, f"{spare} is on a draining worker")
         is_within_share = len(worker.spares) <= worker.room // ROOM_FOR_SPARE

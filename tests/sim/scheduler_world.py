@@ -27,6 +27,7 @@ from services.scheduler.core.messages import (
     Input,
     Load,
     LoadReported,
+    Priority,
     Refuse,
     Registration,
     SlotAsked,
@@ -40,6 +41,7 @@ from services.scheduler.core.messages import (
 )
 from services.scheduler.core.state import State
 from services.scheduler.core.step import step
+from tests.sim.scheduler_orders import Orders
 from tests.sim.scheduler_parts import (
     FAULTS_S,
     HEARTBEAT_S,
@@ -76,6 +78,7 @@ class World:
         self._epochs: dict[str, int] = {}
         self.state = self.new_state()
         self.spares = SpareGateways(self)
+        self.orders = Orders(self)
         self.workers = [
             SimWorker("workers/a", 2, VERSIONS[:1]),
             SimWorker("workers/b", 1, VERSIONS[:1]),
@@ -163,6 +166,9 @@ class World:
             project=rng.choice(("projects/p", "projects/q", "projects/r")),
             excluded=frozenset(rng.sample(names, rng.choice((0, 0, 0, 1, 2)))),
             max_wait_s=rng.choice((0.0, rng.uniform(0.0, WAIT_MAX_S), WAIT_MAX_S)),
+            places=rng.choice((1, 1, 1, 1, 2, 3, 8)),
+            affinity=rng.choice((b"", b"", b"left", b"right")),
+            priority=rng.choice((Priority.STANDARD, Priority.STANDARD, Priority.BACKGROUND)),
             spare_execution_ids=tuple(
                 f"e{len(self.requests)}s{number}" for number in range(rng.choice((0, 0, 1, 2, 5)))
             ),
@@ -231,6 +237,7 @@ class World:
         if not is_first:
             return
         request.slot_id = grant.slot_id
+        self.orders.granted(grant, request, worker)
         if slot.start_by_s is not None:
             self.claim(worker.free >= 0, f"{grant} is beyond the capacity of {worker.name}")
             self.claim(worker.state is WorkerState.READY, f"{grant} is on a draining worker")

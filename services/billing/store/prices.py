@@ -10,7 +10,8 @@ from libs.postgres import Connection, Database
 from services.billing.domain import Price
 
 _PRICE = """
-    SELECT price_id, offering_id, input_price, output_price, effective_time, create_time, revision
+    SELECT price_id, offering_id, input_price, output_price, cached_input_price, effective_time,
+           create_time, revision
       FROM price
 """
 
@@ -33,16 +34,17 @@ class PriceStore:
                 """
                 WITH next AS (UPDATE price_revision SET value = value + 1 RETURNING value)
                 INSERT INTO price (
-                    price_id, offering_id, input_price, output_price, effective_time, create_time,
-                    revision
+                    price_id, offering_id, input_price, output_price, cached_input_price,
+                    effective_time, create_time, revision
                 )
-                SELECT $1, $2, $3, $4, $5, $6, value FROM next
+                SELECT $1, $2, $3, $4, $5, $6, $7, value FROM next
                 ON CONFLICT DO NOTHING
                 """,
                 price.price_id,
                 price.offering_id,
                 price.input_price,
                 price.output_price,
+                price.cached_input_price,
                 price.effective_time,
                 price.create_time,
             )
@@ -111,6 +113,7 @@ def price_from_row(row: asyncpg.Record) -> Price:
         offering_id=row["offering_id"],
         input_price=row["input_price"],
         output_price=row["output_price"],
+        cached_input_price=row["cached_input_price"],
         effective_time=row["effective_time"],
         create_time=row["create_time"],
         revision=row["revision"],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -40,7 +41,8 @@ _VIOLATIONS_MAX = 16
 _RECORD = """
     SELECT generation_id, account_id, number, credit_slice_id, project_id, api_key_id, offering_id,
            model_id, version_id, price_id, input_tokens, output_tokens, amount, shortfall,
-           end_cause, start_time, end_time, settle_time, request_id, request_sha256
+           end_cause, start_time, end_time, settle_time, request_id, request_sha256,
+           cached_input_tokens, reasoning_tokens, labels, end_user
       FROM usage_record
 """
 # Says what the partial index says, or the planner could not use it for a request_id to come.
@@ -245,14 +247,16 @@ async def _insert_records(connection: Connection, records: Sequence[UsageRecord]
         INSERT INTO usage_record (
             generation_id, account_id, number, credit_slice_id, project_id, api_key_id,
             offering_id, model_id, version_id, price_id, input_tokens, output_tokens, amount,
-            shortfall, end_cause, start_time, end_time, settle_time, request_id, request_sha256
+            shortfall, end_cause, start_time, end_time, settle_time, request_id, request_sha256,
+            cached_input_tokens, reasoning_tokens, labels, end_user
         )
         SELECT *
           FROM unnest(
                    $1::text[], $2::text[], $3::bigint[], $4::text[], $5::text[], $6::text[],
                    $7::text[], $8::text[], $9::text[], $10::text[], $11::bigint[], $12::bigint[],
                    $13::bigint[], $14::bigint[], $15::smallint[], $16::timestamptz[],
-                   $17::timestamptz[], $18::timestamptz[], $19::text[], $20::bytea[]
+                   $17::timestamptz[], $18::timestamptz[], $19::text[], $20::bytea[], $21::bigint[],
+                   $22::bigint[], $23::jsonb[], $24::text[]
                )
         """,
         [item.generation_id for item in told],
@@ -275,7 +279,16 @@ async def _insert_records(connection: Connection, records: Sequence[UsageRecord]
         [record.settle_time for record in records],
         [item.request_id for item in told],
         [item.request_sha256 for item in told],
+        [item.cached_input_tokens for item in told],
+        [item.reasoning_tokens for item in told],
+        [_labels_text(item.labels) for item in told],
+        [item.end_user for item in told],
     )
+
+
+def _labels_text(labels: Mapping[str, str]) -> str:
+    # Most requests have none.
+    return json.dumps(dict(labels)) if labels else "{}"
 
 
 def _report(settlements: Sequence[Settlement], division: Division) -> None:
@@ -313,6 +326,10 @@ def _record_from_row(row: asyncpg.Record) -> UsageRecord:
             end_time=row["end_time"],
             request_id=row["request_id"],
             request_sha256=row["request_sha256"],
+            cached_input_tokens=row["cached_input_tokens"],
+            reasoning_tokens=row["reasoning_tokens"],
+            labels=json.loads(row["labels"]),
+            end_user=row["end_user"],
         ),
         number=row["number"],
         amount=row["amount"],

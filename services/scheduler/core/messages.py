@@ -19,6 +19,16 @@ class WorkerState(enum.Enum):
     LOST = "lost"
 
 
+class Priority(enum.IntEnum):
+    """Who goes first in a queue: the lower number. Numbers, which are found quickly in a table."""
+
+    STANDARD = 0
+    BACKGROUND = 1
+
+
+PRIORITIES = tuple(Priority)
+
+
 class Refusal(enum.Enum):
     """Why a request got no slot."""
 
@@ -36,7 +46,12 @@ class StreamEnd(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """What a worker is; fixed for the life of its process. Fields as in maas.engine.v1."""
+    """What a worker is; fixed for the life of its process. Fields as in maas.engine.v1.
+
+    Attributes:
+        capabilities: the worker's message, serialized: passed on and never looked into; None when
+            it said none.
+    """
 
     engine: str
     engine_version: str
@@ -46,6 +61,7 @@ class EngineInfo:
     max_waiting: int
     vocabulary_size: int
     digest: str
+    capabilities: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +73,7 @@ class Load:
     waiting_tokens: int | None = None
     kv_used_tokens: int | None = None
     kv_total_tokens: int | None = None
+    resident_adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +108,9 @@ class SlotAsked:
         project: who asks; projects take turns.
         excluded: workers that have just failed this request.
         max_wait_s: longest wait in the queue; 0 or less does not wait.
+        places: places that it takes on one worker, all at once; at least 1.
+        affinity: requests with equal bytes prefer the same worker; empty for no preference.
+        priority: its class.
         spare_execution_ids: executions that may come soon; the first of them get spare slots where
             there is ample room.
     """
@@ -100,12 +120,18 @@ class SlotAsked:
     project: str = ""
     excluded: frozenset[str] = frozenset()
     max_wait_s: float
+    places: int = 1
+    affinity: bytes = b""
+    priority: Priority = Priority.STANDARD
     spare_execution_ids: tuple[str, ...] = ()
 
     @property
     def is_ahead(self) -> bool:
-        """Whether nobody stands behind it yet, so that its own slot is a spare like the others."""
-        return self.max_wait_s <= 0 and bool(self.spare_execution_ids)
+        """Whether nobody stands behind it yet, so that its own slot is a spare like the others.
+
+        Spares have one place: who asks for more means it.
+        """
+        return self.max_wait_s <= 0 and bool(self.spare_execution_ids) and self.places == 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

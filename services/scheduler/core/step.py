@@ -3,9 +3,11 @@
 Pure: no gRPC, SQL, clock, chance or asyncio; equal inputs in equal order give equal commands. A
 request that was asked for ends exactly once: granted, refused, or gone with its caller.
 
-Between steps no request waits that a worker with a free slot, or with a spare, could run. So
-whoever comes finds either a worker with room and no queue for it, or a queue to join: nobody is
-overtaken, and no request waits for a slot that is only kept for one that may come.
+Between steps no worker has room, free places or spares, for the request that is next on it. So
+whoever comes finds either a worker with room that nobody of its class waits for, or a queue to
+join: nobody is overtaken within a class, and no request waits for a slot that is only kept for one
+that may come. A request that wants more places than are free is passed over, but one worker saves
+up for the oldest such request of each version and class.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from services.scheduler.core.messages import (
     Grant,
     Input,
     LoadReported,
+    Priority,
     Refusal,
     Refuse,
     SlotAsked,
@@ -71,6 +74,13 @@ class _Step:
         self._commands: list[Command] = []
 
     def take(self, event: Input) -> list[Command]:
+        was_wide = bool(self._state.wide)
+        self._take_in(event)
+        if (was_wide or self._state.wide) and not isinstance(event, LoadReported):
+            self._fill_all()
+        return self._commands
+
+    def _take_in(self, event: Input) -> None:
         match event:
             case SlotAsked():
                 self._ask(event)
@@ -86,7 +96,6 @@ class _Step:
                 self._tick()
             case _:
                 assert_never(event)
-        return self._commands
 
     @property
     def _is_gathering(self) -> bool:
@@ -96,13 +105,12 @@ class _Step:
 
     def _ask(self, ask: SlotAsked) -> None:
         slot = self._state.slots.get(ask.execution_id)
-        if slot is not None and slot.worker.name not in ask.excluded:
+        if slot is not None and _is_of_use(slot, ask):
             if not ask.is_ahead:
                 self._state.unmark_spare(slot)
             self._say_leased(slot, ask, self._ranked(ask))
             return
         if slot is not None:
-            # It has failed there: the slot is of no use to this request any more.
             self._free(slot)
         if ask.execution_id in self._state.waiting:
             return
@@ -110,14 +118,33 @@ class _Step:
         can_wait = ask.max_wait_s > 0
         if ask.is_ahead and workers:
             self._ask_ahead(ask, workers)
-        elif workers and workers[0].room > 0:
-            self._say_leased(self._grant(workers[0], ask.execution_id), ask, workers)
+            return
+        worker = self._worker_for(ask, workers)
+        if worker is not None:
+            slot = self._grant(worker, ask.execution_id, ask.places)
+            self._say_leased(slot, ask, workers)
         elif not workers and not (can_wait and self._is_gathering):
             self._refuse(ask, Refusal.NO_READY_WORKER)
         elif not can_wait:
             self._refuse(ask, Refusal.QUEUE_TIMEOUT)
-        elif not self._state.put_waiter(_waiter_of(ask, self._now_s)):
+        elif not self._state.put_waiter(_waiter_of(ask, self._now_s, self._state.next_turn())):
             self._refuse(ask, Refusal.QUEUE_FULL)
+
+    def _worker_for(self, ask: SlotAsked, workers: list[Worker]) -> Worker | None:
+        """Picks the best worker with room that nobody of the request's class waits for."""
+        if not workers or workers[0].room < ask.places:
+            return None
+        if ask.affinity:
+            workers = placement.preferred_first(workers, ask.affinity, ask.places)
+        for worker in workers:
+            if worker.room >= ask.places and not self._is_awaited(worker, ask.priority):
+                return worker
+        return None
+
+    def _is_awaited(self, worker: Worker, lowest: Priority) -> bool:
+        # Of what is free, the next on it may be saving up for more.
+        is_any = bool(self._state.waiting)
+        return is_any and self._state.next_waiter(worker, lowest) is not None
 
     def _ask_ahead(self, ask: SlotAsked, workers: list[Worker]) -> None:
         """Grants spares only, the execution's own slot among them."""
@@ -146,19 +173,19 @@ class _Step:
                 self._free(slot)
 
     def _ranked(self, who: SlotAsked | Waiter) -> list[Worker]:
-        return placement.ranked(self._state, who.model_version, who.excluded)
+        return placement.ranked(self._state, who.model_version, who.excluded, who.places)
 
-    def _grant(self, worker: Worker, execution_id: str) -> Slot:
-        """Gives a place on a worker with room; where none is free spares make it, latest first.
+    def _grant(self, worker: Worker, execution_id: str, places: int = 1) -> Slot:
+        """Gives places on a worker with room; where they are not free spares make it, latest first.
 
         The latest because gateways use the oldest first: it is the least likely to start now.
         """
-        while worker.free <= 0 and worker.spares:
+        while worker.free < places and worker.spares:
             spare = next(reversed(worker.spares.values()))
             self._state.remove_slot(spare)
             self._commands.append(TakeBack(execution_id=spare.execution_id, slot_id=spare.slot_id))
         start_by_s = self._now_s + self._state.settings.start_within_s
-        slot = self._state.add_slot(worker, execution_id, start_by_s)
+        slot = self._state.add_slot(worker, execution_id, start_by_s, places=places)
         worker.granted_turn = self._state.next_turn()
         return slot
 
@@ -187,9 +214,12 @@ class _Step:
         return tuple(found)
 
     def _workers_for_spares(self, ask: SlotAsked, workers: list[Worker]) -> Iterator[Worker]:
-        """Names workers with ample room; none while anybody waits for the version."""
+        """Names workers with ample room that nobody waits for; none if the version has a queue."""
         if ask.model_version in self._state.queues:
             return iter(())
+        if self._state.waiting:
+            lowest = Priority.BACKGROUND
+            workers = [item for item in workers if not self._is_awaited(item, lowest)]
         return placement.least_loaded_with_ample_room(workers)
 
     def _say_granted(
@@ -229,18 +259,28 @@ class _Step:
             if waiter is None:
                 return
             workers = self._ranked(waiter)
-            slot = self._grant(worker, waiter.execution_id)
+            slot = self._grant(worker, waiter.execution_id, waiter.places)
             self._say_granted(slot, workers, queued_s=self._now_s - waiter.asked_s)
+
+    def _fill_all(self) -> None:
+        """Gives room to those who wait, wherever there is any.
+
+        Only for steps in which somebody waits for several places: whoever goes, or gets a slot,
+        may have been next on other workers too, and they have room for those behind it.
+        """
+        waiting = -1
+        while waiting != len(self._state.waiting):
+            waiting = len(self._state.waiting)
+            for worker in list(self._state.workers.values()):
+                self._fill(worker)
 
     def _refuse_hopeless(self, model_versions: tuple[str, ...]) -> None:
         """Refuses those whom no worker is left for."""
         if self._is_gathering:
             return
         for version in model_versions:
-            ready = self._state.ready.get(version, {}).keys()
-            hopeless = [
-                item for item in self._state.queues.get(version, ()) if ready <= item.excluded
-            ]
+            queue = self._state.queues.get(version, ())
+            hopeless = [item for item in queue if self._state.is_hopeless(item)]
             for waiter in hopeless:
                 self._state.remove_waiter(waiter)
                 self._refuse(waiter, Refusal.NO_READY_WORKER)
@@ -309,9 +349,11 @@ class _Step:
             return
         if len(worker.slots) >= SLOTS_PER_WORKER_MAX:
             return
-        # A gateway has placed it by itself, or an earlier scheduler has.
-        slot = self._state.add_slot(worker, execution_id, None)
+        # A gateway has placed it by itself, or an earlier scheduler has. How many places it takes
+        # is known only of one that waits here.
         waiter = self._state.waiting.get(execution_id)
+        places = waiter.places if waiter is not None else 1
+        slot = self._state.add_slot(worker, execution_id, None, places=places)
         if waiter is not None:
             self._state.remove_waiter(waiter)
             queued_s = self._now_s - waiter.asked_s
@@ -359,22 +401,36 @@ class _Step:
         for slot in list(self._state.unstarted.values()):
             if slot.start_by_s is None or slot.start_by_s > self._now_s:
                 break
-            self._free(slot)
+            # One that was freed before it in this loop may have had it taken back, as a spare.
+            if self._state.slots.get(slot.execution_id) is slot:
+                self._free(slot)
         late = [item for item in self._state.waiting.values() if item.give_up_s <= self._now_s]
         for waiter in late:
             self._state.remove_waiter(waiter)
             self._refuse(waiter, Refusal.QUEUE_TIMEOUT)
 
 
-def _waiter_of(ask: SlotAsked, now_s: float) -> Waiter:
+def _waiter_of(ask: SlotAsked, now_s: float, number: int) -> Waiter:
     return Waiter(
         execution_id=ask.execution_id,
         model_version=ask.model_version,
         project=ask.project,
         excluded=ask.excluded,
+        places=ask.places,
+        priority=ask.priority,
+        number=number,
         asked_s=now_s,
         give_up_s=now_s + ask.max_wait_s,
     )
+
+
+def _is_of_use(slot: Slot, ask: SlotAsked) -> bool:
+    """Tells whether a slot is what a request under its id wants.
+
+    Not where it has failed, nor with too few places, as a spare may have; what runs has enough.
+    """
+    is_enough = slot.start_by_s is None or slot.places >= ask.places
+    return is_enough and slot.worker.name not in ask.excluded
 
 
 def _is_same_process(older: Worker, event: WorkerRegistered) -> bool:

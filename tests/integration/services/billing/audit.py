@@ -81,7 +81,14 @@ BROKEN = {
           FROM usage_record AS r
           JOIN price AS p USING (price_id)
          WHERE r.amount <> CASE WHEN r.end_cause <= 5
-                                THEN ceil(r.input_tokens::numeric * p.input_price / 1000000)
+                                THEN least(
+                                         ceil(r.input_tokens::numeric * p.input_price / 1000000),
+                                         ceil((r.input_tokens - r.cached_input_tokens)::numeric
+                                              * p.input_price / 1000000)
+                                         + ceil(r.cached_input_tokens::numeric
+                                                * coalesce(p.cached_input_price, p.input_price)
+                                                / 1000000)
+                                     )
                                    + ceil(r.output_tokens::numeric * p.output_price / 1000000)
                                 ELSE 0
                            END

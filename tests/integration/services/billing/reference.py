@@ -1,6 +1,7 @@
 """The ledger as a page of plain Python: what the real one is compared with.
 
-One settlement after the other, no batches, no locks. One nano is one output token.
+One settlement after the other, no batches, no locks. A token of the prompt costs two nanos, one
+that the prefix cache had half a nano, a token of the output one.
 """
 
 from __future__ import annotations
@@ -9,6 +10,17 @@ from dataclasses import dataclass, field
 
 LEASE_S = 1000
 GRACE_S = 2000
+
+
+# Nanos per million tokens.
+INPUT_PRICE = 2_000_000
+CACHED_INPUT_PRICE = 500_000
+OUTPUT_PRICE = 1_000_000
+
+
+def cost(fresh: int, cached: int, output: int) -> int:
+    """What a generation costs; half nanos are rounded up."""
+    return 2 * fresh + (cached + 1) // 2 + output
 
 
 class Refused(Exception):

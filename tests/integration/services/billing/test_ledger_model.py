@@ -28,17 +28,28 @@ from services.billing.domain import Account, EndCause, EntryKind, Posting, Price
 from services.billing.store import AccountStore, PriceStore, SettlementStore, SliceStore
 from tests.conftest import PostgresCluster
 from tests.integration.services.billing.audit import Connection, audit
-from tests.integration.services.billing.reference import GRACE_S, LEASE_S, Reference, Refused
+from tests.integration.services.billing.reference import (
+    CACHED_INPUT_PRICE,
+    GRACE_S,
+    INPUT_PRICE,
+    LEASE_S,
+    OUTPUT_PRICE,
+    Reference,
+    Refused,
+    cost,
+)
 
 Result = TypeVar("Result")
+Wish = tuple[str, str, str, tuple[int, int, int], EndCause]
 
 # Weighted so that most settlements meet a slice of their account with something left.
 ACCOUNTS = st.sampled_from(["a", "a", "a", "b"])
 SLICES = st.sampled_from(["s0", "s1", "s2", "s3"])
 GENERATIONS = st.sampled_from([f"g{number}" for number in range(60)])
-AMOUNTS = st.integers(1, 60)
+# Fresh and cached tokens of the prompt, tokens of the output.
+COUNTS = st.tuples(st.integers(0, 6), st.integers(0, 21), st.integers(0, 50))
 CAUSES = st.sampled_from([EndCause.COMPLETED, EndCause.STALLED, EndCause.WORKER_LOST])
-SETTLEMENTS = st.tuples(GENERATIONS, SLICES, ACCOUNTS, AMOUNTS, CAUSES)
+SETTLEMENTS = st.tuples(GENERATIONS, SLICES, ACCOUNTS, COUNTS, CAUSES)
 # Neither a lease nor a lease with its grace is a multiple: no history stands on an edge.
 STEP_S = 400
 
@@ -64,8 +75,9 @@ class Real:
         price = Price(
             price_id="nano",
             offering_id="tiny",
-            input_price=0,
-            output_price=1_000_000,
+            input_price=INPUT_PRICE,
+            output_price=OUTPUT_PRICE,
+            cached_input_price=CACHED_INPUT_PRICE,
             effective_time=self.now,
             create_time=self.now,
         )
@@ -156,7 +168,7 @@ class Histories(RuleBasedStateMachine):
         self.both(real(), lambda: self.reference.acquire(slice_id, name, required, wanted))
 
     @rule(batch=st.lists(SETTLEMENTS, max_size=6), renewed=st.sets(SLICES, max_size=3))
-    def settle(self, batch: list[tuple[str, str, str, int, EndCause]], renewed: set[str]) -> None:
+    def settle(self, batch: list[Wish], renewed: set[str]) -> None:
         named = renewed | {slice_id for _, slice_id, _, _, _ in batch}
 
         async def real() -> tuple[int, list[str]]:
@@ -170,16 +182,24 @@ class Histories(RuleBasedStateMachine):
 
         def reference() -> tuple[int, list[str]]:
             new = [
-                self.reference.settle(generation, slice_id, name, amount if cause.is_charged else 0)
-                for generation, slice_id, name, amount, cause in batch
+                self.reference.settle(
+                    generation, slice_id, name, cost(*counts) if cause.is_charged else 0
+                )
+                for generation, slice_id, name, counts, cause in batch
             ]
             return sum(new), self.reference.renew(named)
 
         self.both(real(), reference)
 
     def settlement(
-        self, generation: str, slice_id: str, name: str, amount: int, cause: EndCause
+        self,
+        generation: str,
+        slice_id: str,
+        name: str,
+        counts: tuple[int, int, int],
+        cause: EndCause,
     ) -> Settlement:
+        fresh, cached, output = counts
         return Settlement(
             generation_id=self.mine(generation),
             slice_id=self.mine(slice_id),
@@ -190,8 +210,9 @@ class Histories(RuleBasedStateMachine):
             model_id="tiny",
             version_id="1",
             price_id="nano",
-            input_tokens=0,
-            output_tokens=amount,
+            input_tokens=fresh + cached,
+            cached_input_tokens=cached,
+            output_tokens=output,
             end_cause=cause,
             start_time=self.real.now,
             end_time=self.real.now,

@@ -1,4 +1,4 @@
-"""0002 on a database that 0001 made, with money in it."""
+"""Later migrations on a database that 0001 made, with money in it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import asyncpg
 import pytest
+from maas.billing.v1 import price_service_pb2 as price_pb
 
 from libs import postgres
 from libs.config import PostgresSection
@@ -78,7 +79,6 @@ async def test_records_from_before_are_kept_and_have_no_request_id(
 ) -> None:
     await connection.execute(OLD_ROWS)
     await connection.execute(OLD_INSERT, "gen_1", 1, 120, 120, 1)
-    await audit(connection)
 
     assert await migrate(old_dsn, MIGRATIONS) == len(list(MIGRATIONS.glob("*.sql"))) - 1
 
@@ -86,6 +86,12 @@ async def test_records_from_before_are_kept_and_have_no_request_id(
     async with running(old_dsn) as billing:
         (old,) = await billing.records()
         assert (old.generation_id, old.charge.nanos, old.request_id) == ("gen_1", 120, "")
+        assert (old.usage.cached_input_tokens, old.usage.reasoning_tokens) == (0, 0)
+        assert (dict(old.labels), old.end_user) == ({}, "")
+        price = await billing.admin.peer.call(
+            billing.admin.prices.GetPrice, price_pb.GetPriceRequest(name="prices/nano")
+        )
+        assert not price.price.HasField("cached_input_price_per_million")
         await billing.settle(
             settlement("gen_1", slice_id="s1", tokens=120, request_id="order-1"),
             settlement("gen_2", slice_id="s1", tokens=30, request_id="order-2"),
@@ -128,3 +134,36 @@ async def test_digests_that_no_code_should_write_are_refused_by_the_table(
 
     with pytest.raises(asyncpg.CheckViolationError):
         await connection.execute(insert, "gen_1", 1, 0, 0, 1, request_id, request_sha256)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("cached_input_tokens", "1"),
+        ("cached_input_tokens", "-1"),
+        ("reasoning_tokens", "8"),
+        ("labels", "'[]'"),
+    ],
+)
+async def test_details_that_no_code_should_write_are_refused_by_the_table(
+    old_dsn: str, connection: Connection, column: str, value: str
+) -> None:
+    await migrate(old_dsn, MIGRATIONS)
+    insert = OLD_INSERT.replace("settle_time\n", f"settle_time, {column}\n")
+    insert = insert.replace("00:00:03Z'\n", f"00:00:03Z', {value}\n")
+
+    with pytest.raises(asyncpg.CheckViolationError):
+        await connection.execute(insert, "gen_1", 1, 7, 0, 1)
+
+
+async def test_table_refuses_a_cached_price_above_that_of_the_input(
+    old_dsn: str, connection: Connection
+) -> None:
+    await migrate(old_dsn, MIGRATIONS)
+
+    with pytest.raises(asyncpg.CheckViolationError):
+        await connection.execute(
+            """
+            INSERT INTO price VALUES ('p', 'tiny', 1, 1, now(), now(), 1, 2)
+            """
+        )

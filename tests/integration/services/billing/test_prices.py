@@ -48,6 +48,24 @@ async def test_price_is_in_force_at_once_unless_it_says_when(billing: Billing) -
     assert found.price == later
 
 
+@pytest.mark.parametrize("nanos", [0, 75_000_000, 150_000_000])
+async def test_cached_input_may_have_a_price_of_its_own(billing: Billing, nanos: int) -> None:
+    made = await create(billing, price(cached_input_price_per_million=usd(nanos)))
+
+    assert made.cached_input_price_per_million == usd(nanos)
+    assert await create(billing, price(cached_input_price_per_million=usd(nanos))) == made
+    found = await billing.tenant.peer.call(
+        billing.tenant.prices.GetPrice, price_pb.GetPriceRequest(name="prices/p1")
+    )
+    assert found.price == made
+
+
+async def test_price_without_one_for_cached_input_says_none(billing: Billing) -> None:
+    made = await create(billing, price())
+
+    assert not made.HasField("cached_input_price_per_million")
+
+
 async def test_free_price_is_allowed(billing: Billing) -> None:
     free = price(input_price_per_million=usd(0), output_price_per_million=usd(0))
 
@@ -70,6 +88,7 @@ async def test_creating_a_price_again_returns_it(
         price(offering="offerings/other"),
         price(input_price_per_million=usd(1)),
         price(output_price_per_million=usd(1)),
+        price(cached_input_price_per_million=usd(1), effective_time=time_pb(30)),
         price(effective_time=time_pb(31)),
         price(),
     ],
@@ -93,6 +112,18 @@ async def test_creating_a_price_with_other_content_is_refused(
     [
         (price(input_price_per_million=usd(-1)), "price.input_price_per_million.nanos"),
         (price(output_price_per_million=usd(10**15 + 1)), "price.output_price_per_million.nanos"),
+        (
+            price(cached_input_price_per_million=usd(150_000_001)),
+            "price.cached_input_price_per_million.nanos",
+        ),
+        (
+            price(cached_input_price_per_million=usd(-1)),
+            "price.cached_input_price_per_million.nanos",
+        ),
+        (
+            price(cached_input_price_per_million=money_pb2.Money(nanos=1)),
+            "price.cached_input_price_per_million.currency_code",
+        ),
         (price(input_price_per_million=None), "price.input_price_per_million"),
         (price(offering=""), "price.offering"),
         (price(offering="models/x"), "price.offering"),
@@ -159,7 +190,7 @@ async def test_watch_lists_everything_then_each_new_price(billing: Billing) -> N
     )
     async with watch as stream:
         snapshot = await stream.read()
-        await create(billing, price(), "p2")
+        await create(billing, price(cached_input_price_per_million=usd(7)), "p2")
         async with asyncio.timeout(1):
             change = await stream.read()
 
@@ -168,6 +199,7 @@ async def test_watch_lists_everything_then_each_new_price(billing: Billing) -> N
     assert [item.name for item in snapshot.prices] == ["prices/p1"]
     assert snapshot.snapshot_complete
     assert [item.name for item in change.prices] == ["prices/p2"]
+    assert change.prices[0].cached_input_price_per_million == usd(7)
     assert not change.snapshot_complete
 
 

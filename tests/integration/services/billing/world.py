@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 
@@ -78,6 +78,8 @@ def settlement(
     project: str = "projects/demo",
     request_id: str = "",
     request_sha256: bytes = b"",
+    labels: Mapping[str, str] | None = None,
+    end_user: str = "",
 ) -> slice_pb.Settlement:
     """A settlement of `tokens` nanos at the price of the tests."""
     return slice_pb.Settlement(
@@ -95,6 +97,8 @@ def settlement(
         end_time=time_pb(2),
         request_id=request_id,
         request_sha256=request_sha256,
+        labels=labels,
+        end_user=end_user,
     )
 
 

@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from maas.catalog.v1 import (
+    adapter_service_pb2,
+    adapter_service_pb2_grpc,
     model_pb2,
     model_service_pb2,
     model_service_pb2_grpc,
@@ -25,8 +27,8 @@ from libs.rpc import Hub, Peer, Server
 from libs.rpc.feed import poll_revision
 from libs.testing import FakeClock
 from libs.testing.rpc import ANY_PORT, Callers, serving
-from services.catalog.service import ModelService, OfferingService
-from services.catalog.store import CatalogStore
+from services.catalog.service import AdapterService, ModelService, OfferingService
+from services.catalog.store import AdapterStore, CatalogStore
 
 if TYPE_CHECKING:
     from grpc.aio import UnaryStreamCall
@@ -34,10 +36,15 @@ if TYPE_CHECKING:
     WatchCall = UnaryStreamCall[
         offering_service_pb2.WatchOfferingsRequest, offering_service_pb2.WatchOfferingsResponse
     ]
+    AdapterWatchCall = UnaryStreamCall[
+        adapter_service_pb2.WatchAdaptersRequest, adapter_service_pb2.WatchAdaptersResponse
+    ]
 
 MODELS = model_service_pb2.DESCRIPTOR.services_by_name["ModelService"]
 OFFERINGS = offering_service_pb2.DESCRIPTOR.services_by_name["OfferingService"]
+ADAPTERS = adapter_service_pb2.DESCRIPTOR.services_by_name["AdapterService"]
 WATCH = "maas.catalog.v1.OfferingService/WatchOfferings"
+WATCH_ADAPTERS = "maas.catalog.v1.AdapterService/WatchAdapters"
 BOOKMARK_S = 0.05
 POLL_S = 0.02
 PATIENCE_S = 5.0
@@ -68,6 +75,10 @@ class Catalog:
     def watches(self) -> offering_service_pb2_grpc.OfferingServiceAsyncStub:
         return offering_service_pb2_grpc.OfferingServiceStub(self.gateway.channel)
 
+    @property
+    def adapters(self) -> adapter_service_pb2_grpc.AdapterServiceAsyncStub:
+        return adapter_service_pb2_grpc.AdapterServiceStub(self.admin.channel)
+
     async def create_model(self, model_id: str, **fields: str) -> model_pb2.Model:
         request = model_service_pb2.CreateModelRequest(model_id=model_id, **fields)
         return (await self.admin.call(self.models.CreateModel, request)).model
@@ -90,6 +101,26 @@ class Catalog:
             offering=offering or model_pb2.Offering(model_version="models/tiny/versions/1"),
         )
         return (await self.admin.call(self.offerings.CreateOffering, request)).offering
+
+    async def create_adapter(
+        self, adapter_id: str, adapter: model_pb2.Adapter | None = None
+    ) -> model_pb2.Adapter:
+        request = adapter_service_pb2.CreateAdapterRequest(
+            adapter_id=adapter_id, adapter=adapter or an_adapter()
+        )
+        return (await self.admin.call(self.adapters.CreateAdapter, request)).adapter
+
+    async def delete_adapter(self, adapter_id: str) -> None:
+        request = adapter_service_pb2.DeleteAdapterRequest(name=f"adapters/{adapter_id}")
+        await self.admin.call(self.adapters.DeleteAdapter, request)
+
+    @asynccontextmanager
+    async def watching_adapters(self) -> AsyncIterator[AdapterWatcher]:
+        """Opens a watch of adapters as the gateway does."""
+        request = adapter_service_pb2.WatchAdaptersRequest()
+        stub = adapter_service_pb2_grpc.AdapterServiceStub(self.gateway.channel)
+        async with self.gateway.stream(stub.WatchAdapters, request) as stream:
+            yield AdapterWatcher(stream)
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[Watcher]:
@@ -150,6 +181,40 @@ class Watcher:
                 return list(response.offerings)
 
 
+class AdapterWatcher:
+    """Reads a watch of adapters."""
+
+    def __init__(self, stream: AdapterWatchCall) -> None:
+        self._stream = stream
+
+    async def read(self) -> adapter_service_pb2.WatchAdaptersResponse:
+        async with asyncio.timeout(PATIENCE_S):
+            response = await self._stream.read()
+        assert isinstance(response, adapter_service_pb2.WatchAdaptersResponse)
+        return response
+
+    async def change(self) -> adapter_service_pb2.WatchAdaptersResponse:
+        """The next response that says anything."""
+        while True:
+            response = await self.read()
+            if response.ByteSize():
+                return response
+
+
+def an_adapter(
+    *,
+    model_version: str = "models/tiny/versions/1",
+    path: str = "fox.gguf",
+    digest: str = f"sha256:{'a' * 64}",
+    project: str = "",
+    name: str = "",
+) -> model_pb2.Adapter:
+    """An adapter that is fine, but for what the test changes."""
+    return model_pb2.Adapter(
+        model_version=model_version, path=path, digest=digest, project=project, name=name
+    )
+
+
 @asynccontextmanager
 async def running_catalog(dsn: str) -> AsyncIterator[Catalog]:
     """Runs one process's worth of catalog on a migrated database."""
@@ -159,11 +224,15 @@ async def running_catalog(dsn: str) -> AsyncIterator[Catalog]:
     config = PostgresSection(dsn=dsn, connections_max=4)
     async with await postgres.connect(config, schema="catalog") as database:
         store = CatalogStore(database)
-        server = Server(ANY_PORT, callers.identity({WATCH: ["gateway"]}))
+        server = Server(
+            ANY_PORT, callers.identity({WATCH: ["gateway"], WATCH_ADAPTERS: ["gateway"]})
+        )
         server.add(ModelService(store, clock), MODELS)
         server.add(OfferingService(store, hub, clock, bookmark_s=BOOKMARK_S), OFFERINGS)
+        adapters = AdapterStore(database)
+        server.add(AdapterService(adapters, hub, clock, bookmark_s=BOOKMARK_S), ADAPTERS)
         poll = poll_revision(hub, store.get_revision, SystemClock(), interval_s=POLL_S)
-        services = [MODELS, OFFERINGS]
+        services = [MODELS, OFFERINGS, ADAPTERS]
         async with Background() as background, serving(server) as endpoint:
             background.start(poll, name="poll revision")
             async with (

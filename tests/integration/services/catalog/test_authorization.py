@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from libs.testing.rpc import Kind, expected_outcome, outcomes
-from tests.integration.services.catalog.harness import MODELS, OFFERINGS, Catalog
+from tests.integration.services.catalog.harness import ADAPTERS, MODELS, OFFERINGS, Catalog
 
-SERVICES = [MODELS, OFFERINGS]
+SERVICES = [MODELS, OFFERINGS, ADAPTERS]
 
 
 async def test_only_the_right_callers_get_in(catalog: Catalog) -> None:
@@ -16,4 +16,4 @@ async def test_only_the_right_callers_get_in(catalog: Catalog) -> None:
         got = await outcomes(catalog.endpoint, SERVICES, credential)
         assert got == {method: expected_outcome(method, kind) for method in methods}, kind
 
-    assert len(methods) == 10
+    assert len(methods) == 15

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
+from maas.common.v1 import capabilities_pb2
 from maas.engine.v1 import engine_pb2
+from maas.inference.v1 import generation_pb2
 from maas.scheduler.v1 import (
     placement_service_pb2,
     placement_service_pb2_grpc,
@@ -95,6 +97,11 @@ class Running:
         max_wait_s: float | None = None,
         timeout_s: float = PATIENCE_S,
         spares: Sequence[str] = (),
+        places: int = 0,
+        affinity: bytes = b"",
+        priority: generation_pb2.PriorityClass.ValueType = (
+            generation_pb2.PRIORITY_CLASS_UNSPECIFIED
+        ),
     ) -> placement_service_pb2.AcquireSlotResponse:
         request = placement_service_pb2.AcquireSlotRequest(
             execution_id=execution_id,
@@ -103,6 +110,9 @@ class Running:
             exclude_workers=exclude,
             max_wait=None if max_wait_s is None else duration(max_wait_s),
             spare_execution_ids=spares,
+            places=places,
+            affinity=affinity,
+            priority=priority,
         )
         stub = placement_service_pb2_grpc.PlacementServiceStub(self.bare)
         token = self.callers.tokens["gateway"]
@@ -222,8 +232,10 @@ class WorkerStream:
         )
         await self.send(worker_registry_service_pb2.ConnectRequest(executions=report))
 
-    async def load(self, **fields: int) -> None:
-        load = engine_pb2.LoadReport(**fields)
+    async def load(self, *, resident_adapters: Sequence[str] = (), **fields: int) -> None:
+        load = engine_pb2.LoadReport(resident_adapters=resident_adapters)
+        for name, value in fields.items():
+            setattr(load, name, value)
         await self.send(worker_registry_service_pb2.ConnectRequest(load=load))
 
     async def drain(self) -> None:
@@ -301,6 +313,7 @@ def register(
             max_waiting=2,
             vocabulary_size=100,
             digest="sha256:00",
+            capabilities=capabilities_pb2.Capabilities(chat=True, max_outputs=4),
         ),
     )
 

@@ -7,6 +7,7 @@ import time
 from functools import partial
 
 import pytest
+from maas.inference.v1 import generation_pb2
 
 from libs.errors import (
     DeadlineExceeded,
@@ -302,3 +303,46 @@ async def test_many_callers_share_the_slots_there_are(suite: Running) -> None:
 
 def _differs(suite: Running, slots: list[str]) -> bool:
     return suite.slots() != slots
+
+
+async def test_a_slot_of_several_places_shows_in_the_listing(suite: Running) -> None:
+    async with suite.registered("small", capacity=2), suite.registered("big", capacity=4):
+        slot = await suite.acquire("e1", places=3)
+
+        assert slot.target.worker == "workers/big"
+        assert (await suite.worker_named("big")).slots_in_use == 3
+        await suite.release(slot.slot_id)
+        assert (await suite.worker_named("big")).slots_in_use == 0
+
+
+async def test_more_places_than_there_can_be_are_refused_with_the_field(suite: Running) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        await suite.acquire("e1", places=17)
+
+    assert [item.field for item in caught.value.violations] == ["places"]
+
+
+async def test_equal_affinity_comes_to_one_worker(suite: Running) -> None:
+    async with suite.registered("a", capacity=8), suite.registered("b", capacity=8):
+        chosen = {
+            (await suite.acquire(f"e{number}", affinity=b"fox")).target.worker
+            for number in range(4)
+        }
+
+    assert len(chosen) == 1
+
+
+async def test_background_requests_are_answered_after_standard_ones(suite: Running) -> None:
+    async with suite.registered() as worker:
+        await suite.acquire("e1")
+        await worker.report(started=["e1"])
+        background = asyncio.create_task(
+            suite.acquire("e2", priority=generation_pb2.PRIORITY_CLASS_BACKGROUND)
+        )
+        await until(lambda: "e2" in suite.queued)
+        async with suite.waiting("e3") as standard:
+            await worker.report(ended=["e1"])
+            await standard
+            assert not background.done()
+            await worker.report(started=["e3"], ended=["e3"])
+            assert (await background).target.worker == "workers/a"

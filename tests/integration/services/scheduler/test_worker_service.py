@@ -14,7 +14,13 @@ async def test_a_worker_is_listed_with_all_that_is_known(suite: Running) -> None
     async with suite.registered(capacity=2) as worker:
         await suite.acquire("e1")
         await suite.advance(1.0)
-        await worker.load(running=1, waiting=0, waiting_tokens=7, kv_used_tokens=5)
+        await worker.load(
+            running=1,
+            waiting=0,
+            waiting_tokens=7,
+            kv_used_tokens=5,
+            resident_adapters=["adapters/fox"],
+        )
         await until(lambda: suite.scheduler.workers()[0].load is not None)
         await suite.advance(2.0)
 
@@ -28,6 +34,8 @@ async def test_a_worker_is_listed_with_all_that_is_known(suite: Running) -> None
         assert found.info == register(capacity=2).info
         assert list(found.info.model_versions) == [VERSION]
         assert (found.load.running, found.load.waiting_tokens) == (1, 7)
+        assert list(found.load.resident_adapters) == ["adapters/fox"]
+        assert found.info.capabilities.max_outputs == 4
         assert found.slots_in_use == 1
         assert found.connect_time.ToDatetime() == START.replace(tzinfo=None)
         assert (

@@ -16,12 +16,12 @@ def test_tenants_may_do_what_is_public_and_nothing_else() -> None:
         assert permits(Role.TENANT, policy.permission) is is_public, policy.method
 
 
-def test_administrators_may_do_everything_but_generate() -> None:
+def test_administrators_may_do_everything_but_generate_and_embed() -> None:
     for policy in policies():
         if policy.audience is Audience.INTERNAL:
             continue
-        generates = policy.permission.startswith("generations.")
-        assert permits(Role.ADMINISTRATOR, policy.permission) is not generates, policy.method
+        is_charged = policy.permission.startswith(("generations.", "embeddings."))
+        assert permits(Role.ADMINISTRATOR, policy.permission) is not is_charged, policy.method
 
 
 def test_roles_name_no_permission_that_the_contract_does_not_have() -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from typing import TypeVar
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
+from maas.common.v1 import capabilities_pb2
 from maas.engine.v1 import engine_pb2
+from maas.inference.v1 import generation_pb2
 from maas.scheduler.v1 import placement_service_pb2, worker_pb2, worker_registry_service_pb2
 
 from libs.errors import InvalidArgument
@@ -20,12 +24,14 @@ from services.scheduler.core.messages import (
     Grant,
     Load,
     LoadReported,
+    Priority,
     Spare,
     Target,
     WorkerHeard,
 )
 from tests.unit.services.scheduler.core.driver import VERSION, Core
 
+MessageT = TypeVar("MessageT", bound=Message)
 WORDS = st.text(st.characters(codec="utf-8"), max_size=10)
 UINT32 = st.integers(0, 2**32 - 1)
 UINT64 = st.integers(0, 2**64 - 1)
@@ -58,6 +64,41 @@ def test_what_a_worker_is_survives_the_round_trip(info: EngineInfo) -> None:
 @given(LOADS)
 def test_load_survives_the_round_trip(load: Load) -> None:
     assert convert.load_from_pb(convert.load_to_pb(load)) == load
+
+
+def _filled(message: MessageT) -> MessageT:
+    """Sets every field, those of messages in it too, to something that is not its default."""
+    for field in message.DESCRIPTOR.fields:
+        if field.message_type is not None:
+            _filled(getattr(message, field.name)).SetInParent()
+            continue
+        value: object = field.number
+        if field.cpp_type == field.CPPTYPE_STRING:
+            value = f"text {field.number}"
+        elif field.cpp_type == field.CPPTYPE_BOOL:
+            value = True
+        if field.is_repeated:
+            getattr(message, field.name).append(value)
+        else:
+            setattr(message, field.name, value)
+    return message
+
+
+def test_every_field_that_workers_say_of_themselves_is_passed_on() -> None:
+    info = _filled(engine_pb2.EngineInfo())
+    load = _filled(engine_pb2.LoadReport())
+
+    assert info.capabilities.max_top_logprobs
+    assert convert.info_to_pb(convert.info_from_pb(info)) == info
+    assert convert.load_to_pb(convert.load_from_pb(load)) == load
+
+
+def test_no_capabilities_and_none_set_are_told_apart() -> None:
+    silent = engine_pb2.EngineInfo()
+    unable = engine_pb2.EngineInfo(capabilities=capabilities_pb2.Capabilities())
+
+    assert not convert.info_to_pb(convert.info_from_pb(silent)).HasField("capabilities")
+    assert convert.info_to_pb(convert.info_from_pb(unable)).HasField("capabilities")
 
 
 def test_a_version_named_twice_counts_once() -> None:
@@ -128,6 +169,25 @@ def test_a_request_is_read_whole() -> None:
 
     assert (got.execution_id, got.model_version) == ("e1", VERSION)
     assert (got.project, got.excluded) == ("projects/p", frozenset({"workers/a"}))
+    assert (got.places, got.affinity, got.priority) == (1, b"", Priority.STANDARD)
+
+
+@pytest.mark.parametrize(
+    ("priority", "want"),
+    [
+        (generation_pb2.PRIORITY_CLASS_UNSPECIFIED, Priority.STANDARD),
+        (generation_pb2.PRIORITY_CLASS_STANDARD, Priority.STANDARD),
+        (generation_pb2.PRIORITY_CLASS_BACKGROUND, Priority.BACKGROUND),
+    ],
+)
+def test_places_affinity_and_class_are_read(
+    priority: generation_pb2.PriorityClass.ValueType, want: Priority
+) -> None:
+    request = _ask(places=3, affinity=b"key", priority=priority)
+
+    got = convert.ask_from_pb(request, wait_default_s=1.0, wait_max_s=1.0)
+
+    assert (got.places, got.affinity, got.priority) == (3, b"key", want)
 
 
 @pytest.mark.parametrize(

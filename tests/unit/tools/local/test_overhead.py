@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from maas.engine.v1 import engine_pb2
+from maas.inference.v1 import generation_pb2
 
+from services.gateway.convert import prompt_size
+from services.worker import templates
 from services.worker.chat import ChatTemplate, Turn
+from services.worker.conversation import conversation_of
 from tools.local.overhead import MARGIN, OVERHEAD_MAX, bounds
 
 CHATML = (
@@ -40,3 +46,61 @@ def test_no_usable_template_adds_next_to_nothing(source: str) -> None:
 
 def test_bound_has_a_bound() -> None:
     assert bounds("x" * 100_000)[0] == OVERHEAD_MAX
+
+
+WORDS = st.text("abcdefgh ", max_size=12)
+GOLDEN = Path(__file__).parents[2] / "services" / "worker" / "golden"
+SOURCES = {
+    "chatml_tools": templates.load("chatml_tools"),
+    **{name: (GOLDEN / f"{name}.jinja").read_text("utf-8") for name in ("qwen3", "phi4_mini")},
+}
+TEMPLATES = {
+    name: ChatTemplate(source, {}, lambda: datetime(2026, 1, 1, tzinfo=UTC))
+    for name, source in SOURCES.items()
+}
+BOUNDS = {name: bounds(source) for name, source in SOURCES.items()}
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> generation_pb2.GenerationSpec:
+    """Requests with tools, calls, results and reasoning, in an order that templates accept."""
+    spec = generation_pb2.GenerationSpec()
+    if draw(st.booleans()):
+        spec.chat.messages.add(role=generation_pb2.ROLE_SYSTEM).parts.add(text=draw(WORDS))
+    for _ in range(draw(st.integers(1, 4))):
+        spec.chat.messages.add(role=generation_pb2.ROLE_USER).parts.add(text=draw(WORDS))
+        answer = spec.chat.messages.add(role=generation_pb2.ROLE_ASSISTANT)
+        answer.parts.add(reasoning=draw(WORDS))
+        answer.parts.add(text=draw(WORDS))
+        for number in range(draw(st.integers(0, 3))):
+            call_id = f"call{number:05}"
+            answer.tool_calls.add(id=call_id, name="weather", arguments_json='{"city": "Oslo"}')
+            result = generation_pb2.ChatMessage(role=generation_pb2.ROLE_TOOL, tool_call_id=call_id)
+            result.parts.add(text=draw(WORDS))
+            spec.chat.messages.append(result)
+    spec.chat.messages.add(role=generation_pb2.ROLE_USER).parts.add(text=draw(WORDS))
+    for number in range(draw(st.integers(0, 3))):
+        spec.tools.tools.add(name=f"f{number}", description=draw(WORDS))
+    return spec
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@given(spec=specs(), enabled=st.none() | st.booleans())
+def test_no_conversation_with_tools_exceeds_the_bound(
+    name: str,
+    spec: generation_pb2.GenerationSpec,
+    enabled: bool | None,  # noqa: FBT001 - a case of the test
+) -> None:
+    prompt, message = BOUNDS[name]
+    template = TEMPLATES[name]
+    size = prompt_size(spec)
+    execution = engine_pb2.Execution(chat=spec.chat)
+    if spec.tools.tools:
+        execution.tools.CopyFrom(spec.tools)
+    if enabled is not None and template.habits.switches:
+        execution.reasoning.enabled = enabled
+
+    rendered = template.render_conversation(conversation_of(execution, template.habits))
+
+    pieces = size.message_count + size.tool_count
+    assert len(rendered.encode()) <= size.content_units + prompt + message * pieces

@@ -16,6 +16,7 @@ from services.scheduler.core.messages import (
     Input,
     Load,
     LoadReported,
+    Priority,
     Refusal,
     Refuse,
     Registration,
@@ -97,7 +98,8 @@ class Core:
         return self.state.workers[f"workers/{name}"]
 
     def used(self, name: str) -> int:
-        return len(self.worker(name).slots)
+        """Places in use."""
+        return self.worker(name).used
 
     # Requests.
 
@@ -110,6 +112,9 @@ class Core:
         excluded: Iterable[str] = (),
         max_wait_s: float = 30.0,
         spares: Iterable[str] = (),
+        places: int = 1,
+        affinity: bytes = b"",
+        priority: Priority = Priority.STANDARD,
     ) -> list[Command]:
         return self.send(
             SlotAsked(
@@ -119,6 +124,9 @@ class Core:
                 excluded=frozenset(f"workers/{name}" for name in excluded),
                 max_wait_s=max_wait_s,
                 spare_execution_ids=tuple(spares),
+                places=places,
+                affinity=affinity,
+                priority=priority,
             )
         )
 

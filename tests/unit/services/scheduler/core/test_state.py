@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from services.scheduler.core.messages import WorkerState
-from services.scheduler.core.queue import Waiter
+from services.scheduler.core.messages import Priority, WorkerState
+from services.scheduler.core.queue import FairQueue, Waiter
 from services.scheduler.core.state import State
 from tests.unit.services.scheduler.core.driver import VERSION, Core, settings
 
@@ -76,7 +76,7 @@ def _overfill_queue(state: State) -> None:
 
 
 def _miscount_queue(state: State) -> None:
-    state.queues[VERSION]._length = 7
+    state.queues[VERSION]._lengths[Priority.STANDARD] = 7
 
 
 def _wait_for_nobody(state: State) -> None:
@@ -85,6 +85,24 @@ def _wait_for_nobody(state: State) -> None:
 
 def _wait_beside_free_worker(state: State) -> None:
     state.remove_slot(state.slots["e1"])
+
+
+def _miscount_places(state: State) -> None:
+    state.workers["workers/b"].used += 1
+
+
+def _widen_a_spare(state: State) -> None:
+    slot = state.slots["e2"]
+    state.mark_spare(slot)
+    slot.places = 2
+
+
+def _miscount_wide_waiters(state: State) -> None:
+    state.wide[VERSION, Priority.STANDARD] = {"e3": _waiter("e3")}
+
+
+def _keep_an_empty_queue(state: State) -> None:
+    state.queues["models/none/versions/1"] = FairQueue()
 
 
 def _miscount_spares(state: State) -> None:
@@ -98,6 +116,10 @@ def _keep_a_spare_that_runs(state: State) -> None:
 @pytest.mark.parametrize(
     ("damage", "want"),
     [
+        (_miscount_places, "places of workers/b are miscounted"),
+        (_widen_a_spare, "spare of workers/b has several places"),
+        (_miscount_wide_waiters, "several places are miscounted"),
+        (_keep_an_empty_queue, "models/none/versions/1 is empty"),
         (_miscount_spares, "spares of workers/b are miscounted"),
         (_keep_a_spare_that_runs, "spare of workers/a has started"),
         (_lose_slot_on_worker, "slots differ"),

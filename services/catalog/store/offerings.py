@@ -1,4 +1,4 @@
-"""Everything the catalog keeps: the only place with its SQL. One method is one transaction."""
+"""Models, versions and offerings in the database. One method is one transaction."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from libs.errors import already_exists, not_found
 from libs.paging import Page
 from libs.postgres import Connection, Database
 from services.catalog.domain import BoundOffering, Model, ModelVersion, Offering, is_repeat
+from services.catalog.store.revision import next_revision
 
 _MODEL = "SELECT model_id, display_name, license, description, create_time FROM model"
 _VERSION = """
@@ -177,7 +178,7 @@ class CatalogStore:
         return [_offering_from_row(row) for row in rows]
 
     async def get_revision(self) -> int:
-        """Reads how far offerings have changed."""
+        """Reads how far offerings and adapters have changed."""
         row = await self._database.fetch_row("SELECT value FROM revision")
         assert row is not None
         return int(row["value"])
@@ -226,14 +227,8 @@ async def _insert_offering(connection: Connection, offering: Offering) -> None:
         offering.default_top_k,
         offering.create_time,
         # A repeat raises it in vain: watchers look once and find nothing.
-        await _next_revision(connection),
+        await next_revision(connection),
     )
-
-
-async def _next_revision(connection: Connection) -> int:
-    """Raises the revision, and locks it until the transaction ends."""
-    value = await connection.fetchval("UPDATE revision SET value = value + 1 RETURNING value")
-    return int(value)
 
 
 def _model_from_row(row: asyncpg.Record) -> Model:
