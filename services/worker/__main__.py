@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
 
 from maas.engine.v1 import engine_service_pb2
 
@@ -16,23 +17,31 @@ from libs.rpc import Peer, Server
 from libs.rpc.identity import Identity
 from libs.rpc.run import start_metrics
 from services.worker import registry
-from services.worker.admission import Admission
+from services.worker.adapters import Adapters
+from services.worker.assembly import assemble
 from services.worker.config import Config
-from services.worker.convert import info_to_pb
 from services.worker.engine.base import EngineStartError
 from services.worker.engines import make_equipment
-from services.worker.executions import Executions
+from services.worker.executions import Limits
+from services.worker.model import TextSettings, make_model, read_template
+from services.worker.preparation import Preparation
 from services.worker.registry import Registration
-from services.worker.reports import Reports
-from services.worker.service import EngineService
-from services.worker.text import TokenPieces
+
+
+@contextmanager
+def _thread(name: str) -> Iterator[ThreadPoolExecutor]:
+    """Gives a thread; what still waits for it at the end is dropped."""
+    threads = ThreadPoolExecutor(1, name)
+    try:
+        yield threads
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
 
 
 async def main(config: Config) -> None:
     """Serves until it is told to stop, or the engine dies."""
     clock = SystemClock()
     worker = config.worker
-    versions = [worker.model_version]
     start_metrics(config)
     async with AsyncExitStack() as stack:
         try:
@@ -40,41 +49,55 @@ async def main(config: Config) -> None:
             engine = equipment.engine
             stack.push_async_callback(engine.stop)
             info = await equipment.start(worker.probe_within)
-            pieces = TokenPieces.of(equipment.tokenizer)
-            prompts = equipment.prompts(pieces, clock.now)
+            adapters = Adapters(
+                engine,
+                worker.adapters_dir,
+                reads_files=equipment.reads_adapters,
+                threads=stack.enter_context(_thread("adapters")),
+                load_within_s=worker.adapter_within,
+            )
+            model = make_model(
+                equipment.tokenizer,
+                info,
+                TextSettings(
+                    chat_template=read_template(worker.chat_template),
+                    tool_parser=worker.tool_parser,
+                    reasoning_parser=worker.reasoning_parser,
+                ),
+                bos_id=equipment.bos_id,
+                has_adapters=adapters.is_there,
+                now=clock.now,
+            )
         except EngineStartError as error:
             raise StartError(str(error)) from error
         # One: making a prompt is Python's work, which a second thread would not speed up.
-        threads = ThreadPoolExecutor(1, "prompts")
-        stack.callback(threads.shutdown, wait=False, cancel_futures=True)
-        reports = Reports()
-        executions = Executions(
+        preparation = Preparation(stack.enter_context(_thread("prompts")))
+        assembly = assemble(
             engine,
             info,
-            admission=Admission(info, prompts, versions),
-            pieces=pieces,
-            reports=reports,
-            threads=threads,
+            model,
+            adapters=adapters,
+            preparation=preparation,
             clock=clock,
             worker=f"workers/{worker.name}",
-            max_waiting=worker.max_waiting,
-            abort_within_s=worker.abort_within,
+            versions=[worker.model_version],
+            limits=Limits(max_waiting=worker.max_waiting, abort_within_s=worker.abort_within),
         )
+        executions = assembly.executions
         # Only services call a worker: no API key is ever looked up.
         identity = Identity.from_config(config.identity, KeyTable())
         server = Server(
             config.server, identity, message_bytes_max=limits.INTERNAL_MESSAGE_BYTES_MAX
         )
-        described = info_to_pb(info, model_versions=versions, max_waiting=worker.max_waiting)
         service = engine_service_pb2.DESCRIPTOR.services_by_name["EngineService"]
-        server.add(EngineService(engine, executions, described), service)
+        server.add(assembly.service, service)
 
         credential = read_secret(config.identity.token_file)
         peer = Peer(config.peers.scheduler, credential, registry.SERVICES)
         await stack.enter_async_context(peer)
-        register = registry.register_of(worker, described)
+        register = registry.register_of(worker, assembly.described)
         registration = Registration(
-            peer, engine, executions, reports, register=register, clock=clock
+            peer, engine, executions, assembly.reports, register=register, clock=clock
         )
         background = await stack.enter_async_context(Background(on_failure=server.fail))
         background.start(executions.pump(), name="pump")

@@ -9,6 +9,9 @@ import pydantic
 
 from libs.config import Address, Seconds, Section, ServiceConfig
 
+ToolParser = Literal["hermes", "llama3", "mistral", "none"]
+ReasoningParser = Literal["think", "none"]
+
 
 class PeersSection(Section):
     """Who the worker calls.
@@ -30,6 +33,8 @@ class SimSection(Section):
         decode_per_lane: more for each execution that decodes.
         mean_output_tokens: mean length at which the model ends by itself; 0 means never.
         kv_tokens: tokens in the KV cache; unset means capacity times context_length.
+        adapter_load: duration of loading a LoRA adapter.
+        adapters: LoRA adapters that are loaded at the same time.
     """
 
     prefill_tokens_per_s: float = pydantic.Field(default=20_000, ge=0)
@@ -38,6 +43,8 @@ class SimSection(Section):
     decode_per_lane: Seconds = 0.000_05
     mean_output_tokens: int = pydantic.Field(default=0, ge=0)
     kv_tokens: int | None = pydantic.Field(default=None, ge=1)
+    adapter_load: Seconds = 0.05
+    adapters: int = pydantic.Field(default=8, ge=1, le=1024)
 
 
 class WorkerSection(Section):
@@ -49,6 +56,11 @@ class WorkerSection(Section):
         model_version: "models/{model}/versions/{version}" that it serves.
         engine: "sim" or "llamacpp".
         model_path: GGUF file, for llamacpp.
+        chat_template: file with a Jinja2 template that is used instead of the model's own.
+        tool_parser: format of the model's tool calls: "hermes", "llama3", "mistral", or "none";
+            unset means that it is read off the chat template.
+        reasoning_parser: format of its reasoning: "think" or "none"; unset likewise.
+        adapters_dir: directory of LoRA adapters; unset means none, for engines that read files.
         capacity: executions in the batch at the same time; unset means 8 for llamacpp, 256 for sim.
         max_waiting: executions that may wait beyond capacity; more are refused.
         context_length: prompt and output together, tokens; unset means the model's own, and 8192
@@ -58,6 +70,7 @@ class WorkerSection(Section):
         probe_within: longest time until the engine's first token, at start.
         abort_within: longest time that an aborted execution may take to end; then the engine
             counts as hung and the process ends. Above the longest step, prefill included.
+        adapter_within: longest time that the engine may take to load an adapter.
         sim: costs of the simulated engine.
     """
 
@@ -68,12 +81,17 @@ class WorkerSection(Section):
     )
     engine: Literal["sim", "llamacpp"]
     model_path: Path | None = None
+    chat_template: Path | None = None
+    tool_parser: ToolParser | None = None
+    reasoning_parser: ReasoningParser | None = None
+    adapters_dir: Path | None = None
     capacity: int | None = pydantic.Field(default=None, ge=1, le=4096)
     max_waiting: int = pydantic.Field(default=64, ge=0, le=65_536)
     context_length: int | None = pydantic.Field(default=None, ge=2, le=1 << 24)
     threads: int | None = pydantic.Field(default=None, ge=1, le=1024)
     probe_within: Seconds = 60.0
     abort_within: Seconds = 60.0
+    adapter_within: Seconds = 30.0
     sim: SimSection = SimSection()
 
     @pydantic.model_validator(mode="after")

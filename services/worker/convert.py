@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from maas.common.v1 import capabilities_pb2
 from maas.engine.v1 import engine_pb2
 from maas.inference.v1 import generation_pb2
 
@@ -50,8 +51,17 @@ def stop_to_pb(sequence: str) -> generation_pb2.OutputEnd:
     )
 
 
+def time_limit_to_pb() -> generation_pb2.OutputEnd:
+    """Makes the end of an output whose time is up."""
+    return generation_pb2.OutputEnd(reason=generation_pb2.FINISH_REASON_TIME_LIMIT)
+
+
 def info_to_pb(
-    info: EngineInfo, *, model_versions: Sequence[str], max_waiting: int
+    info: EngineInfo,
+    *,
+    model_versions: Sequence[str],
+    max_waiting: int,
+    capabilities: capabilities_pb2.Capabilities,
 ) -> engine_pb2.EngineInfo:
     """Describes a worker."""
     return engine_pb2.EngineInfo(
@@ -63,6 +73,7 @@ def info_to_pb(
         max_waiting=max_waiting,
         vocabulary_size=info.vocabulary_size,
         digest=info.digest,
+        capabilities=capabilities,
     )
 
 
@@ -79,4 +90,5 @@ def load_to_pb(load: EngineLoad, *, preparing: int) -> engine_pb2.LoadReport:
         waiting_tokens=load.waiting_tokens,
         kv_used_tokens=load.kv_used_tokens,
         kv_total_tokens=load.kv_total_tokens,
+        resident_adapters=load.resident_adapters,
     )

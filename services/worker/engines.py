@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
 
 from libs.clock import Clock
-from services.worker.chat import ChatTemplate, TemplateInvalid
 from services.worker.config import WorkerSection
 from services.worker.engine.base import (
     EndReason,
@@ -23,8 +20,6 @@ from services.worker.engine.base import (
 )
 from services.worker.engine.sim import SimCosts, SimEngine
 from services.worker.engine.sim_tokenizer import SimTokenizer
-from services.worker.prompt import PromptBuilder
-from services.worker.text import TokenPieces
 
 SIM_CAPACITY = 256
 SIM_CONTEXT_LENGTH = 8192
@@ -39,11 +34,13 @@ class Equipment:
         engine: to start.
         tokenizer: of its model.
         bos_id: token that every prompt begins with; None for none.
+        reads_adapters: the engine needs the files of adapters.
     """
 
     engine: Engine
     tokenizer: Tokenizer
     bos_id: int | None
+    reads_adapters: bool
 
     async def start(self, probe_within_s: float) -> EngineInfo:
         """Starts the engine and lets it draw a token.
@@ -54,19 +51,6 @@ class Equipment:
         info = await self.engine.start()
         await probe(self.engine, probe_within_s)
         return info
-
-    def prompts(self, pieces: TokenPieces, now: Callable[[], datetime]) -> PromptBuilder:
-        """Makes what turns inputs into prompts of this model.
-
-        Raises:
-            EngineStartError: the model's chat template cannot be used.
-        """
-        source, special = self.tokenizer.chat_template, self.tokenizer.special_tokens
-        try:
-            template = ChatTemplate(source, special, now) if source else None
-        except TemplateInvalid as error:
-            raise EngineStartError(str(error)) from error
-        return PromptBuilder(self.tokenizer, pieces, template, bos_id=self.bos_id)
 
 
 def make_equipment(config: WorkerSection, clock: Clock) -> Equipment:
@@ -92,6 +76,8 @@ def _sim(config: WorkerSection, clock: Clock) -> Equipment:
         decode_base_s=config.sim.decode_base,
         decode_per_lane_s=config.sim.decode_per_lane,
         mean_output_tokens=config.sim.mean_output_tokens,
+        adapter_load_s=config.sim.adapter_load,
+        adapters=config.sim.adapters,
     )
     engine = SimEngine(
         clock,
@@ -101,7 +87,7 @@ def _sim(config: WorkerSection, clock: Clock) -> Equipment:
         kv_tokens=config.sim.kv_tokens or capacity * context_length,
         costs=costs,
     )
-    return Equipment(engine=engine, tokenizer=tokenizer, bos_id=None)
+    return Equipment(engine=engine, tokenizer=tokenizer, bos_id=None, reads_adapters=False)
 
 
 def _llamacpp(config: WorkerSection) -> Equipment:
@@ -118,7 +104,7 @@ def _llamacpp(config: WorkerSection) -> Equipment:
         threads=config.threads or _default_threads(),
     )
     bos_id = tokenizer.bos_id if tokenizer.adds_bos else None
-    return Equipment(engine=engine, tokenizer=tokenizer, bos_id=bos_id)
+    return Equipment(engine=engine, tokenizer=tokenizer, bos_id=bos_id, reads_adapters=True)
 
 
 def _default_threads() -> int:

@@ -11,7 +11,7 @@ ENGINE_TOKENS = Counter(
 STEPS = Counter("maas_worker_steps_total", "Batches that came out of the engine.")
 EXECUTIONS = Counter(
     "maas_worker_executions_total",
-    "Executions that are over: OK, or the reason of their failure or refusal.",
+    "Outputs that ended well (OK), and executions that failed or were refused, by reason.",
     ["outcome"],
 )
 

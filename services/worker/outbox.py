@@ -24,6 +24,7 @@ from maas.engine.v1 import engine_pb2, engine_service_pb2
 from libs.clock import CancelTimer, Clock
 from libs.errors import Cancelled, MaasError, ResourceExhausted
 from libs.rpc.writer import CallWriter
+from services.worker.rows import RichRows
 
 # Lanes that the gateway has not been told the end of. More than any worker runs: a gateway that
 # starts without reading is cut off.
@@ -43,14 +44,17 @@ class Outbox:
         token_ids: pending tokens.
         texts: text that each of them completes. The pump appends to these three itself, because a
             call for each token would cost more than all the rest.
+        rich: rows that are more than text.
     """
 
     def __init__(self, clock: Clock) -> None:
         self.lanes: list[int] = []
         self.token_ids: list[int] = []
         self.texts: list[str] = []
+        self.rich = RichRows()
         self._clock = clock
         self._accepted: list[engine_pb2.Accepted] = []
+        self._prefilled: list[engine_pb2.Prefilled] = []
         self._ended: list[engine_pb2.Ended] = []
         self._open_lanes: set[int] = set()
         self._credit = 0
@@ -108,8 +112,21 @@ class Outbox:
             interval_s: in which its reader collects output; 0 for a reader that wants it at once.
         """
         self._accepted.append(engine_pb2.Accepted(lane=lane, input_tokens=input_tokens))
-        self._intervals.add(lane, interval_s)
+        self.follow(lane, interval_s)
         self._is_due = True
+
+    def follow(self, lane: int, interval_s: float) -> None:
+        """Counts one more output of an accepted execution as open.
+
+        Args:
+            lane: of the output.
+            interval_s: see `accept`.
+        """
+        self._intervals.add(lane, interval_s)
+
+    def prefilled(self, lane: int, cached_tokens: int) -> None:
+        """Says how much of a prompt the prefix cache had; travels with the first token."""
+        self._prefilled.append(engine_pb2.Prefilled(lane=lane, cached_tokens=cached_tokens))
 
     def end(self, ended: engine_pb2.Ended) -> None:
         """Says that an execution is over. Its lane is free once the message is taken."""
@@ -128,7 +145,7 @@ class Outbox:
 
     def wake(self) -> None:
         """Sends what is due, if it can be sent; after appending, once for a whole step."""
-        if self.lanes and not self._is_due:
+        if not self._is_due and (self.lanes or self.rich):
             self._hold()
         self._send()
 
@@ -150,7 +167,7 @@ class Outbox:
     def _hold(self) -> None:
         """Decides how long the pending tokens wait."""
         interval_s = self._intervals.shortest_s
-        if not interval_s or len(self.lanes) >= HELD_MAX:
+        if not interval_s or len(self.lanes) + self.rich.tokens >= HELD_MAX:
             self._is_due = True
         elif self._cancel_timer is None:
             self._cancel_timer = self._clock.call_after(interval_s / 2, self._ring)
@@ -195,10 +212,17 @@ class Outbox:
         if self._accepted:
             events.accepted.extend(self._accepted)
             self._accepted.clear()
+        if self._prefilled:
+            events.prefilled.extend(self._prefilled)
+            self._prefilled.clear()
+        if self.rich and self.rich.holds(self.lanes):
+            self.rich.follow(self.lanes, self.token_ids, self.texts)
         self._take_rows(events)
+        if self.rich:
+            self.rich.take(events)
         # Rows that did not fit stay due.
-        self._is_due = bool(self.lanes)
-        if self._ended and not self.lanes:
+        self._is_due = bool(self.lanes or self.rich)
+        if self._ended and not self._is_due:
             events.ended.extend(self._ended)
             self._open_lanes.difference_update([ended.lane for ended in self._ended])
             self._ended.clear()

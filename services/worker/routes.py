@@ -40,7 +40,7 @@ class Route:
     Attributes:
         lanes: of the engine, row by row.
         groups: rows that can be handed on as columns.
-        matching: rows of executions with stop sequences, whose every token is looked at.
+        matching: rows of outputs whose every token is looked at.
     """
 
     __slots__ = ("groups", "lanes", "matching")
@@ -88,6 +88,10 @@ class Routes:
         return None if self.holding else self._route
 
     def leave(self, run: Run) -> None:
-        """An execution speaks no more."""
+        """An output speaks no more."""
         self._route = None
         self.holding.discard(run)
+
+    def forget(self) -> None:
+        """An output goes another way from here on."""
+        self._route = None

@@ -1,19 +1,23 @@
-"""One execution and one stream, as the worker keeps them. Data and the words for its failures."""
+"""Executions, outputs and streams, as the worker keeps them. Data, and the words for failures."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from maas.engine.v1 import engine_pb2
 from maas.inference.v1 import generation_pb2
 
 from libs.clock import Clock
 from libs.errors import Cancelled, DeadlineExceeded, Internal, MaasError, Reason, Unavailable
-from services.worker.admission import Work
 from services.worker.convert import failure_to_pb
 from services.worker.engine.base import Lane
 from services.worker.outbox import Outbox
+from services.worker.rich import RichOutput
+from services.worker.rows import Row
+from services.worker.stops import StopMatcher
 from services.worker.text import OutputText, Release, TokenPieces
+from services.worker.work import Work
 
 UNLIMITED_S = float("inf")
 
@@ -33,58 +37,110 @@ class Stream:
         self.tasks = tasks
 
 
-class Run:
-    """One execution.
+class Place:
+    """One execution, or one call of Embed: what scheduler and gateways know by its id.
+
+    It takes one place on the scheduler's books until the engine has ended all of its outputs.
 
     Attributes:
-        execution_id: what scheduler and gateways know it by.
-        stream: that started it.
-        outbox: of that stream; here too, because every token asks for it.
-        lane: on that stream.
-        deadline_s: monotonic.
-        interval_s: in which its reader collects output; 0 for a reader that wants it at once.
-        engine_lane: in the engine; None while it is being prepared.
-        stopped_s: monotonic, when the engine was asked to end it.
-        text: its text layer; None while every token is whole text of its own.
-        is_capped: see admission.Work.
-        is_matching: it has stop sequences, so every token goes through the text layer.
-        has_spoken: its first token has been shown. Kept only while the text layer sees its tokens.
-        is_told: its stream has been told its end, or is gone.
+        execution_id: its name.
+        deadline_s: monotonic; then it has failed.
+        limit_s: monotonic; then its outputs end well.
+        runs: its outputs, output 0 first; none for a call of Embed.
+        open: outputs that the engine, or somebody else who holds on to the place, has not ended.
+        is_started: the scheduler has been told of it.
         failure: why it was stopped from outside.
+        stop: stops a call that has no outputs.
     """
 
     __slots__ = (
         "deadline_s",
-        "engine_lane",
         "execution_id",
         "failure",
+        "is_started",
+        "limit_s",
+        "open",
+        "runs",
+        "stop",
+    )
+
+    def __init__(
+        self, execution_id: str, deadline_s: float = UNLIMITED_S, limit_s: float = UNLIMITED_S
+    ) -> None:
+        self.execution_id = execution_id
+        self.deadline_s = deadline_s
+        self.limit_s = limit_s
+        self.runs: list[Run] = []
+        self.open = 0
+        self.is_started = False
+        self.failure: MaasError | None = None
+        self.stop: Callable[[], object] | None = None
+
+    @property
+    def due_s(self) -> float:
+        """Monotonic time at which something has to be done about it.
+
+        Outputs that have not started cannot end well; they do when they start.
+        """
+        return min(self.deadline_s, self.limit_s) if self.is_started else self.deadline_s
+
+
+class Run:
+    """One output of an execution: one lane of its stream, and one of the engine.
+
+    Attributes:
+        place: of the execution.
+        stream: that started it.
+        outbox: of that stream; here too, because every token asks for it.
+        lane: on that stream.
+        interval_s: in which its reader collects output; 0 for a reader that wants it at once.
+        engine_lane: in the engine; None while it is being prepared.
+        stopped_s: monotonic, when the engine was asked to end it.
+        text: its text layer; None while every token is whole text of its own.
+        rich: what it shows besides text; None for text alone.
+        matcher: finds its stop sequences; None for none.
+        includes_stop: the stop sequence that matches is shown.
+        is_capped: see admission.Work.
+        is_matching: every token goes through the text layer: it has stop sequences, or is rich.
+        has_spoken: its first token has been shown. Kept only while the text layer sees its tokens.
+        is_told: its stream has been told its end, or is gone.
+    """
+
+    __slots__ = (
+        "engine_lane",
         "has_spoken",
+        "includes_stop",
         "interval_s",
         "is_capped",
         "is_matching",
         "is_told",
         "lane",
+        "matcher",
         "outbox",
+        "place",
+        "rich",
         "stopped_s",
         "stream",
         "text",
     )
 
-    def __init__(self, execution: engine_pb2.Execution, stream: Stream, deadline_s: float) -> None:
-        self.execution_id = execution.execution_id
+    def __init__(self, place: Place, stream: Stream, lane: int, interval_s: float) -> None:
+        self.place = place
         self.stream = stream
         self.outbox = stream.outbox
-        self.lane = execution.lane
-        self.deadline_s = deadline_s
-        self.interval_s = execution.output_interval.ToNanoseconds() / 1e9
+        self.lane = lane
+        self.interval_s = interval_s
         self.engine_lane: Lane | None = None
         self.stopped_s = UNLIMITED_S
         self.text: OutputText | None = None
+        self.rich: RichOutput | None = None
+        self.matcher: StopMatcher | None = None
+        self.includes_stop = False
         self.is_capped = False
         self.is_matching = False
         self.has_spoken = False
         self.is_told = False
-        self.failure: MaasError | None = None
+        place.runs.append(self)
 
     def prime(self, pieces: TokenPieces, work: Work) -> bool:
         """Prepares the text layer: for stop sequences, and behind what was released elsewhere.
@@ -95,24 +151,45 @@ class Run:
         Returns:
             whether a stop sequence has ended the output already, and only its end was lost.
         """
-        released = work.request.continue_ids
+        released = work.requests[0].continue_ids
         self.is_capped = work.is_capped
-        self.is_matching = work.matcher is not None
+        self.matcher = work.matcher
+        self.includes_stop = work.includes_stop
+        self.rich = work.rich(pieces, self.place.runs.index(self)) if work.is_rich else None
+        self.is_matching = self.matcher is not None or self.rich is not None
         if not (self.is_matching or released or self.interval_s):
             return False
-        self.text = OutputText(pieces, work.matcher)
+        self.text = self.new_text(pieces)
+        if self.rich is not None:
+            self.rich.prime(released)
         return self.text.prime(released)
+
+    def new_text(self, pieces: TokenPieces) -> OutputText:
+        """Makes a text layer that has seen nothing."""
+        return OutputText(pieces, self.matcher, includes_stop=self.includes_stop)
 
     def show(self, release: Release) -> None:
         """Appends released tokens to the columns; their text stands with the last of them."""
+        if self.rich is not None:
+            self.show_row(self.rich.push(release))
+            return
         count = len(release.token_ids)
         if count:
             self.outbox.lanes.extend([self.lane] * count)
             self.outbox.token_ids.extend(release.token_ids)
             self.outbox.texts.extend([*[""] * (count - 1), release.text])
-            if not self.has_spoken:
-                self.has_spoken = True
-                self.outbox.urge()
+            self._speak()
+
+    def show_row(self, row: Row | None) -> None:
+        """Adds a row that is more than text, if there is one."""
+        if row is not None:
+            self.outbox.rich.add(self.lane, row)
+            self._speak()
+
+    def show_rest(self) -> None:
+        """Shows what is held behind the text layer, at an end that is not an abort."""
+        if self.rich is not None:
+            self.show_row(self.rich.finish())
 
     def tell_end(self, end: generation_pb2.OutputEnd) -> None:
         """Tells the stream that the output ended well."""
@@ -121,6 +198,11 @@ class Run:
     def tell_failure(self, error: MaasError) -> None:
         """Tells the stream that there is no result."""
         self._tell(engine_pb2.Ended(lane=self.lane, failure=failure_to_pb(error)))
+
+    def _speak(self) -> None:
+        if not self.has_spoken:
+            self.has_spoken = True
+            self.outbox.urge()
 
     def _tell(self, ended: engine_pb2.Ended) -> None:
         if self.is_told:

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from maas.engine.v1 import engine_pb2, engine_service_pb2_grpc
 from maas.engine.v1 import engine_service_pb2 as engine_service_pb
 from typing_extensions import override
 
 from libs.errors import MaasError
+from services.worker.admission import Admission
 from services.worker.convert import load_to_pb
+from services.worker.embedding import Embedder
 from services.worker.engine.base import Engine
 from services.worker.executions import Executions
+from services.worker.preparation import Preparation
 from services.worker.runs import Stream
+from services.worker.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from grpc.aio import ServicerContext
 
     Context = ServicerContext[Any, Any]
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 # Short prompts are made on the event loop: after this many, everybody else gets a turn.
 STARTS_AT_ONCE = 8
@@ -27,10 +35,24 @@ STARTS_AT_ONCE = 8
 class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
     """The servicer. One reader for each stream; its outbox writes."""
 
-    def __init__(self, engine: Engine, executions: Executions, info: engine_pb2.EngineInfo) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        executions: Executions,
+        info: engine_pb2.EngineInfo,
+        *,
+        embedder: Embedder,
+        admission: Admission,
+        vocabulary: Vocabulary,
+        preparation: Preparation,
+    ) -> None:
         self._engine = engine
         self._executions = executions
         self._info = info
+        self._embedder = embedder
+        self._admission = admission
+        self._vocabulary = vocabulary
+        self._preparation = preparation
 
     @override
     async def ExecuteMany(self, _: object, context: Context) -> None:  # type: ignore[override]  # reads and writes by itself (facts.md), where the stub expects iterators
@@ -64,6 +86,39 @@ class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
         )
 
     @override
+    async def Embed(
+        self, request: engine_service_pb.EmbedRequest, _: Context
+    ) -> engine_service_pb.EmbedResponse:
+        """Embeds inputs."""
+        return await self._embedder.embed(request)
+
+    @override
+    async def CountTokens(
+        self, request: engine_service_pb.CountTokensRequest, _: Context
+    ) -> engine_service_pb.CountTokensResponse:
+        """Makes the prompt of an execution, and checks all of it."""
+        execution = request.execution
+        self._admission.check(execution)
+        work = await self._prepared(execution.execution_id, self._admission.work, execution)
+        return engine_service_pb.CountTokensResponse(input_tokens=work.input_tokens)
+
+    @override
+    async def Tokenize(
+        self, request: engine_service_pb.TokenizeRequest, _: Context
+    ) -> engine_service_pb.TokenizeResponse:
+        """Turns text into token ids."""
+        self._admission.require_version(request.model_version)
+        return await self._prepared("", self._vocabulary.tokenize, request)
+
+    @override
+    async def Detokenize(
+        self, request: engine_service_pb.DetokenizeRequest, _: Context
+    ) -> engine_service_pb.DetokenizeResponse:
+        """Turns token ids into text."""
+        self._admission.require_version(request.model_version)
+        return await self._prepared("", self._vocabulary.detokenize, request)
+
+    @override
     async def GetEngineInfo(
         self, _: engine_service_pb.GetEngineInfoRequest, __: Context
     ) -> engine_service_pb.GetEngineInfoResponse:
@@ -78,6 +133,11 @@ class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
         return engine_service_pb.GetLoadResponse(
             load=load_to_pb(self._engine.load(), preparing=self._executions.preparing)
         )
+
+    async def _prepared(self, name: str, make: Callable[[T], U], given: T) -> U:
+        """Makes something in the thread, if not too much waits for it."""
+        self._preparation.require_room()
+        return await self._preparation.run(name, make, given)
 
     async def _read(self, stream: Stream, context: Context) -> None:
         while True:

@@ -11,7 +11,8 @@ output was released, and another worker can go on behind the released tokens.
 
 How it ends:
     stop sequence   the text before the match is released, and with it the tokens of which at least
-                    one character is visible (control tokens before the match count too)
+                    one character is visible (control tokens before the match count too); with
+                    `includes_stop` the text and the tokens of the match too
     natural end     everything held is released; an unfinished character becomes U+FFFD
     abort           what is held is dropped: neither released nor counted
 """
@@ -92,6 +93,7 @@ class OutputText:
 
     __slots__ = (
         "_boundaries",
+        "_includes_stop",
         "_is_over",
         "_matcher",
         "_pieces",
@@ -104,9 +106,16 @@ class OutputText:
         "is_clear",
     )
 
-    def __init__(self, pieces: TokenPieces, matcher: StopMatcher | None = None) -> None:
+    def __init__(
+        self,
+        pieces: TokenPieces,
+        matcher: StopMatcher | None = None,
+        *,
+        includes_stop: bool = False,
+    ) -> None:
         self._pieces = pieces
         self._matcher = matcher
+        self._includes_stop = includes_stop
         self._state = ROOT
         self._text = ""
         self._unfinished = b""
@@ -220,7 +229,8 @@ class OutputText:
             return None
         behind, stop = found
         # Below 0 when the sequence began in text that another worker has released.
-        visible = max(0, len(self._text) - behind - len(stop))
+        hidden = behind if self._includes_stop else behind + len(stop)
+        visible = max(0, len(self._text) - hidden)
         count = 0
         for start in self._starts:
             if start >= visible:

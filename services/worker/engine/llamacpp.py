@@ -11,6 +11,9 @@ is such is measured at start and told by EngineInfo.is_deterministic. Without it
 differ with the company, and a lane takes another token only where two are nearly tied. The same
 holds between kinds of CPU, in any case.
 
+Prefix cache. What a lane computed stays in its slot until that is needed; see llamacpp_slots. It is
+no load: kv_used_tokens counts what running lanes hold.
+
 Never: touches text, tokenises (LlamaCppTokenizer does), or keeps a finished lane.
 """
 
@@ -24,12 +27,20 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 from typing_extensions import override
 
 from services.worker.engine.base import (
+    Adapter,
+    AdapterUnusable,
+    ConstraintKind,
+    EmbeddingFailed,
+    EngineAbilities,
     EngineDied,
     EngineInfo,
     EngineLoad,
@@ -38,15 +49,21 @@ from services.worker.engine.base import (
     Lane,
     StepBatch,
 )
+from services.worker.engine.llamacpp_calls import Calls
 from services.worker.engine.llamacpp_wire import (
+    VERSION,
     Counters,
     FrameReader,
     Kind,
     Value,
     pack_abort,
     pack_control,
+    pack_drop_embed,
+    pack_embed,
     pack_submit,
     unpack_control,
+    unpack_embedded,
+    unpack_residents,
     unpack_step,
 )
 
@@ -57,6 +74,8 @@ _EXIT_TIMEOUT_S: Final = 1.0
 _STOPPED: Final = "the engine was stopped"
 _LAST_WORDS_MAX: Final = 1 << 16
 _LAST_WORDS_SHOWN: Final = 400
+TOP_LOGPROBS_MAX: Final = 20
+"""Most alternatives with a log-probability; each is found in every row of the vocabulary."""
 _LOAD_UNKNOWN: Final = EngineLoad(
     running=None, waiting=None, waiting_tokens=None, kv_used_tokens=None, kv_total_tokens=None
 )
@@ -124,6 +143,9 @@ class LlamaCppEngine:
         self._in_flight: collections.deque[int] = collections.deque()
         self._batch = StepBatch()
         self._has_news = asyncio.Event()
+        self._loads: Calls[str] = Calls()
+        self._embeds: Calls[npt.NDArray[np.float32] | str] = Calls()
+        self._residents: tuple[str, ...] = ()
 
     async def start(self) -> EngineInfo:
         """Starts the child and waits until it has loaded the model; once for each engine.
@@ -155,11 +177,10 @@ class LlamaCppEngine:
             EngineDied: it is gone.
             ValueError: the lane is in use.
         """
-        if self._death is not None or self._transport is None:
-            raise EngineDied(self._death)
+        transport = self._living()
         if lane in self._live:
             raise ValueError(f"lane {lane} is in use")
-        self._transport.write(pack_submit(lane, request))
+        transport.write(pack_submit(lane, request))
         self._live.add(lane)
         self._in_flight.append(len(request.prompt_ids) + len(request.continue_ids))
 
@@ -181,7 +202,7 @@ class LlamaCppEngine:
             raise EngineDied(self._death)
         await self._has_news.wait()
         batch = self._batch
-        if not (batch.lanes or batch.ended or batch.prefilled):
+        if not _has_any(batch):
             raise EngineDied(self._death)
         self._batch = StepBatch()
         if not self._is_over:
@@ -199,7 +220,53 @@ class LlamaCppEngine:
             waiting_tokens=counters.waiting_tokens + sum(self._in_flight),
             kv_used_tokens=counters.kv_used_tokens,
             kv_total_tokens=self._kv_total_tokens,
+            resident_adapters=self._residents,
         )
+
+    async def load_adapter(self, adapter: Adapter) -> None:
+        """Loads a LoRA adapter, unless it is loaded; see base.Engine.
+
+        Eight stay loaded; those of running lanes always do. Loading delays the step in progress
+        by about the time it takes to read the file.
+
+        Raises:
+            AdapterUnusable: its file is no adapter, or not one of this model.
+            EngineDied: it is gone.
+        """
+        transport = self._living()
+        with self._loads.open() as (call, answer):
+            path = None if adapter.path is None else str(adapter.path.absolute())
+            asked: dict[str, Value] = {"call": call, "name": adapter.name, "path": path}
+            asked["digest"] = adapter.digest
+            transport.write(pack_control(Kind.LOAD_ADAPTER, asked))
+            message = await answer
+        if message:
+            raise AdapterUnusable(message)
+
+    async def embed(self, inputs: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
+        """Embeds prompts between the steps of the lanes; see base.Engine.
+
+        The first call makes room for up to four more contexts of KV cache.
+
+        Raises:
+            EmbeddingFailed: these inputs cannot be embedded.
+            EngineDied: it is gone.
+        """
+        transport = self._living()
+        with self._embeds.open() as (call, answer):
+            try:
+                transport.write(pack_embed(call, inputs))
+            except OverflowError:
+                raise EmbeddingFailed("a token id is not in the vocabulary") from None
+            try:
+                outcome = await answer
+            except asyncio.CancelledError:
+                if self._death is None:
+                    transport.write(pack_drop_embed(call))
+                raise
+        if isinstance(outcome, str):
+            raise EmbeddingFailed(outcome)
+        return outcome
 
     async def stop(self) -> None:
         """Ends the child, within about a second; see base.Engine."""
@@ -210,6 +277,16 @@ class LlamaCppEngine:
         if self._reaped is not None:
             # More than one may wait, and one that is cancelled must not take the others along.
             await asyncio.shield(self._reaped)
+
+    def _living(self) -> asyncio.WriteTransport:
+        """The way to a child that lives.
+
+        Raises:
+            EngineDied: it does not.
+        """
+        if self._death is not None or self._transport is None:
+            raise EngineDied(self._death)
+        return self._transport
 
     # The child's life.
 
@@ -233,7 +310,9 @@ class LlamaCppEngine:
             raise
         self._transport = transport
         transport.write(
-            pack_control(Kind.START, {**self._settings, "parent_process_id": os.getpid()})
+            pack_control(
+                Kind.START, {**self._settings, "wire": VERSION, "parent_process_id": os.getpid()}
+            )
         )
         return await self._ready
 
@@ -241,6 +320,13 @@ class LlamaCppEngine:
         """Takes a frame of the child."""
         if kind is Kind.STEP:
             self._on_step(body)
+        elif kind is Kind.EMBEDDED:
+            self._embeds.answer(*unpack_embedded(body))
+        elif kind is Kind.ADAPTER_ANSWER:
+            told = unpack_control(body)
+            self._loads.answer(int(told["call"] or 0), str(told["message"]))
+        elif kind is Kind.RESIDENTS:
+            self._residents = unpack_residents(body)
         elif self._ready is None or self._ready.done():
             return
         elif kind is Kind.READY:
@@ -267,6 +353,7 @@ class LlamaCppEngine:
             vocabulary_size=int(facts["vocabulary_size"] or 0),
             digest=str(facts["digest"]),
             is_deterministic=bool(facts["is_deterministic"]),
+            abilities=_abilities(facts),
         )
         self._kv_total_tokens = context_length * self._capacity
         self._death = None
@@ -281,7 +368,7 @@ class LlamaCppEngine:
             self._in_flight.popleft()
         for ended in batch.ended[known_ends:]:
             self._live.discard(ended.lane)
-        if batch.lanes or batch.ended or batch.prefilled:
+        if _has_any(batch):
             self._has_news.set()
 
     def _on_reaped(self, reaping: asyncio.Future[str]) -> None:
@@ -289,6 +376,8 @@ class LlamaCppEngine:
         self._death = _STOPPED if self._is_stopping else how
         self._is_over = True
         self._live.clear()
+        for calls in (self._loads, self._embeds):
+            calls.fail(self._death)
         self._has_news.set()
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(
@@ -319,6 +408,29 @@ class _Link(asyncio.Protocol):
     @override
     def connection_lost(self, exc: Exception | None) -> None:
         self._engine.on_link_lost()
+
+
+def _has_any(batch: StepBatch) -> bool:
+    return bool(batch.lanes or batch.ended or batch.prefilled or batch.prompt_scores)
+
+
+def _abilities(facts: dict[str, Value]) -> EngineAbilities:
+    """What the loaded model can be asked for."""
+    return EngineAbilities(
+        # Without a token that ends a generation no constrained output could end.
+        constraints=frozenset(ConstraintKind if facts["ends"] else ()),
+        min_p=True,
+        penalties=True,
+        repetition_penalty=True,
+        logit_bias=True,
+        min_output_tokens=True,
+        ignore_eos=True,
+        max_top_logprobs=TOP_LOGPROBS_MAX,
+        prompt_logprobs=True,
+        adapters=True,
+        embedding_dimensions=int(facts["embedding_dimensions"] or 0),
+        prompt_cache=bool(facts["keeps_prefixes"]),
+    )
 
 
 def _spawn(theirs: socket.socket) -> subprocess.Popen[bytes]:

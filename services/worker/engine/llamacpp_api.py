@@ -41,6 +41,7 @@ GGML_TYPES: Final = {"f32": 0, "f16": 1, "q8_0": 8}
 """Number types of the KV cache, by the names that llama.cpp's own options use."""
 
 FLASH_ATTENTION_ON: Final = 1
+POOLING_NONE: Final = 0
 NO_TOKEN: Final = -1
 """What the vocabulary answers when it has no such special token."""
 
@@ -134,6 +135,7 @@ class Batch(ctypes.Structure):
     )
 
 
+_PIECE_BYTES_FIRST: Final = 256
 _LOG_LEVEL_ERROR: Final = 4
 _ERROR_LINES_MAX: Final = 4
 _LogHook = CFUNCTYPE(None, i32, text, pointer)
@@ -159,6 +161,19 @@ class Llama:
         self.decode: Callable[[Handle, Batch], int] = CFUNCTYPE(i32, pointer, Batch)(
             ("llama_decode", library)
         )
+        self.adapter_init: Callable[[Handle, bytes], Handle | None] = CFUNCTYPE(
+            pointer, pointer, text
+        )(("llama_adapter_lora_init", library))
+        self.adapter_free: Callable[[Handle], None] = CFUNCTYPE(None, pointer)(
+            ("llama_adapter_lora_free", library)
+        )
+        # The addresses of count adapters, and the weight of each.
+        self.set_adapters: Callable[[Handle, Handle | None, int, Handle | None], int] = CFUNCTYPE(
+            i32, pointer, pointer, size, pointer
+        )(("llama_set_adapters_lora", library))
+        self.memory_seq_cp: Callable[[Handle, int, int, int, int], None] = CFUNCTYPE(
+            None, pointer, i32, i32, i32, i32
+        )(("llama_memory_seq_cp", library))
         self.tokenize: Callable[[Handle, bytes, int, ctypes.Array[i32], int, bool, bool], int] = (
             CFUNCTYPE(i32, pointer, text, i32, pointer, i32, boolean, boolean)(
                 ("llama_tokenize", library)
@@ -208,6 +223,12 @@ class Llama:
         )(("llama_memory_seq_rm", library))
         self.get_logits: Callable[[Handle], Handle | None] = PYFUNCTYPE(pointer, pointer)(
             ("llama_get_logits", library)
+        )
+        self.get_embeddings: Callable[[Handle], Handle | None] = PYFUNCTYPE(pointer, pointer)(
+            ("llama_get_embeddings", library)
+        )
+        self.model_n_embd: Callable[[Handle], int] = PYFUNCTYPE(i32, pointer)(
+            ("llama_model_n_embd_out", library)
         )
         self.vocab_n_tokens: Callable[[Handle], int] = PYFUNCTYPE(i32, pointer)(
             ("llama_vocab_n_tokens", library)
@@ -279,6 +300,25 @@ def open_library() -> Llama:
     llama.keep_log()
     llama.backend_init()
     return llama
+
+
+def read_piece(
+    llama: Llama, vocabulary: Handle, token_id: int, *, is_control_shown: bool = False
+) -> bytes:
+    """Bytes of one token of a vocabulary; empty for control tokens unless they are shown.
+
+    Raises:
+        EngineStartError: the token has no text.
+    """
+    buffer = ctypes.create_string_buffer(_PIECE_BYTES_FIRST)
+    for _ in range(2):
+        length = llama.token_to_piece(
+            vocabulary, token_id, buffer, len(buffer), 0, is_control_shown
+        )
+        if length >= 0:
+            return buffer.raw[:length]
+        buffer = ctypes.create_string_buffer(-length)
+    raise EngineStartError(f"token {token_id} of the vocabulary has no text")
 
 
 def explain_load_error(error: str) -> str:

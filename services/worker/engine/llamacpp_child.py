@@ -2,8 +2,9 @@
 
     python -m services.worker.engine.llamacpp_child <socket descriptor>
 
-The parent sends START, then SUBMIT and ABORT; this process answers READY or REFUSED and then one
-STEP for each step it computed. It ends when the socket does, or with its parent.
+The parent sends START, then SUBMIT and ABORT, LOAD_ADAPTER, EMBED and DROP_EMBED; this process
+answers READY or REFUSED, one STEP for each step it computed, and what was asked for besides. It
+ends when the socket does, or with its parent.
 
 A process of its own, because an assertion in native code ends a process, and because whoever holds
 the worker's streams must not wait for a decoder. What goes wrong is told by the last line that the
@@ -24,20 +25,32 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from services.worker.engine.base import EngineStartError
-from services.worker.engine.llamacpp_api import PACKAGE, VERSION, open_library
+import numpy as np
+
+from services.worker.engine.base import Adapter, AdapterUnusable, EngineStartError
+from services.worker.engine.llamacpp_adapters import AdapterShelf
+from services.worker.engine.llamacpp_api import PACKAGE, open_library
+from services.worker.engine.llamacpp_api import VERSION as LIBRARY_VERSION
+from services.worker.engine.llamacpp_embedding import SLOTS_MAX, EmbeddingQueue, LlamaStates
 from services.worker.engine.llamacpp_inflight import InflightBatch
+from services.worker.engine.llamacpp_logits import OutputMatcher
 from services.worker.engine.llamacpp_model import LlamaModel, ModelSettings
 from services.worker.engine.llamacpp_wire import (
+    VERSION,
     FrameReader,
     Kind,
     Value,
     pack_control,
+    pack_embedded,
+    pack_residents,
     pack_step,
     unpack_abort,
     unpack_control,
+    unpack_drop_embed,
+    unpack_embed,
     unpack_submit,
 )
+from services.worker.engine.matcher import MatcherFactory
 
 _RECEIVE_SIZE: Final = 1 << 18
 _STDERR: Final = 2
@@ -113,43 +126,126 @@ def main() -> int:
             link.send(pack_control(Kind.REFUSED, {"message": str(error)}))
             return 1
         link.send(pack_control(Kind.READY, _describe(model, digest)))
-        serve(
-            link,
-            InflightBatch(
-                model,
-                capacity=int(settings["capacity"] or 0),
-                context_length=model.context_length,
-                prefill_tokens=int(settings["prefill_tokens"] or 0),
-            ),
-        )
+        Server(link, model, settings).serve()
     except ParentGoneError:
         return 0
     return 0
 
 
-def serve(link: Link, batch: InflightBatch) -> None:
-    """Takes commands and computes steps, for ever.
+class Grammars:
+    """Compiles constraints over a model's vocabulary, which is read when the first one comes.
 
-    Raises:
-        ParentGoneError: the normal end.
-        DecodeFailedError: nothing can be computed any more.
+    Args:
+        model: whose vocabulary it is.
     """
-    while True:
-        for kind, body in link.receive(wait=batch.is_idle):
-            if kind is Kind.SUBMIT:
-                batch.submit(*unpack_submit(body))
-            elif kind is Kind.ABORT:
-                batch.abort(unpack_abort(body))
-        if batch.has_news:
-            # Aborted lanes need not wait for a step of the others.
-            link.send(pack_step(*batch.take_report()))
-        if not batch.is_idle:
-            batch.step()
-            link.send(pack_step(*batch.take_report()))
+
+    def __init__(self, model: LlamaModel) -> None:
+        self._model = model
+        self._factory: MatcherFactory | None = None
+
+    def compile(self, grammar: str) -> OutputMatcher:
+        """Compiles one; always called on the same thread.
+
+        Raises:
+            MatcherError: it is malformed or too large.
+        """
+        if self._factory is None:
+            pieces, specials = self._model.pieces()
+            ends: list[int] = np.flatnonzero(self._model.is_end).tolist()
+            self._factory = MatcherFactory(pieces, end_ids=ends, control_ids=specials)
+        return self._factory.make(grammar)
+
+
+class Server:
+    """Takes commands and computes, one step after the other.
+
+    Args:
+        link: to the parent.
+        model: that is loaded.
+        settings: of START.
+    """
+
+    def __init__(self, link: Link, model: LlamaModel, settings: dict[str, Value]) -> None:
+        self._link = link
+        capacity = int(settings["capacity"] or 0)
+        rows = int(settings["prefill_tokens"] or 0)
+        self._shelf = AdapterShelf(model)
+        self._residents: tuple[str, ...] = ()
+        self._batch = InflightBatch(
+            model,
+            capacity=capacity,
+            context_length=model.context_length,
+            prefill_tokens=rows,
+            shelf=self._shelf,
+            compile_grammar=Grammars(model).compile if model.is_end.any() else None,
+        )
+        self._embeddings = EmbeddingQueue(
+            lambda: LlamaStates(model, slots=min(SLOTS_MAX, capacity), rows=rows), rows=rows
+        )
+
+    def serve(self) -> None:
+        """Serves for ever.
+
+        Raises:
+            ParentGoneError: the normal end.
+            DecodeFailedError: nothing can be computed any more.
+        """
+        batch, embeddings, link = self._batch, self._embeddings, self._link
+        while True:
+            is_idle = batch.is_idle and embeddings.is_idle
+            for kind, body in link.receive(wait=is_idle):
+                self._take(kind, body)
+            if batch.has_news:
+                # Aborted lanes need not wait for a step of the others.
+                link.send(pack_step(*batch.take_report()))
+            if not batch.is_idle:
+                batch.step()
+                link.send(pack_step(*batch.take_report()))
+            if not embeddings.is_idle:
+                for job, outcome in embeddings.step():
+                    link.send(pack_embedded(job, outcome))
+            self._tell_residents()
+
+    def _take(self, kind: Kind, body: bytes) -> None:
+        if kind is Kind.SUBMIT:
+            self._batch.submit(*unpack_submit(body))
+        elif kind is Kind.ABORT:
+            self._batch.abort(unpack_abort(body))
+        elif kind is Kind.LOAD_ADAPTER:
+            self._load_adapter(unpack_control(body))
+        elif kind is Kind.EMBED:
+            self._embeddings.add(*unpack_embed(body))
+        elif kind is Kind.DROP_EMBED:
+            self._embeddings.drop(unpack_drop_embed(body))
+
+    def _load_adapter(self, asked: dict[str, Value]) -> None:
+        path = asked["path"]
+        adapter = Adapter(
+            name=str(asked["name"]),
+            path=None if path is None else Path(str(path)),
+            digest=str(asked["digest"]),
+        )
+        message = ""
+        try:
+            self._shelf.load(adapter)
+        except AdapterUnusable as error:
+            message = str(error)
+        self._tell_residents()
+        self._link.send(
+            pack_control(Kind.ADAPTER_ANSWER, {"call": asked["call"], "message": message})
+        )
+
+    def _tell_residents(self) -> None:
+        names = self._shelf.names
+        if names != self._residents:
+            self._residents = names
+            self._link.send(pack_residents(names))
 
 
 def _load(settings: dict[str, Value]) -> tuple[LlamaModel, str]:
     """Loads the model on this thread and its digest on another."""
+    if settings["wire"] != VERSION:
+        raise EngineStartError("the engine's files changed since this worker started: restart it")
     context_length = settings["context_length"]
     model_settings = ModelSettings(
         path=Path(str(settings["path"])),
@@ -177,11 +273,14 @@ def _digest(path: Path) -> str:
 
 def _describe(model: LlamaModel, digest: str) -> dict[str, Value]:
     return {
-        "version": f"{PACKAGE} {VERSION}",
+        "version": f"{PACKAGE} {LIBRARY_VERSION}",
         "context_length": model.context_length,
         "vocabulary_size": model.vocabulary_size,
         "digest": digest,
         "is_deterministic": model.is_deterministic,
+        "embedding_dimensions": model.embedding_dimensions,
+        "keeps_prefixes": model.keeps_prefixes,
+        "ends": bool(model.is_end.any()),
     }
 
 

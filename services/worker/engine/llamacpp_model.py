@@ -19,16 +19,27 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from services.worker.engine.base import EngineStartError
+from services.worker.engine.base import Adapter, AdapterUnusable, EngineStartError
+from services.worker.engine.llamacpp_adapter_file import (
+    Description,
+    NotGgufError,
+    check_adapter_file,
+    describe,
+)
 from services.worker.engine.llamacpp_api import (
+    ATTRIBUTE_CONTROL,
+    ATTRIBUTE_UNKNOWN,
     FLASH_ATTENTION_ON,
     GGML_TYPES,
-    Batch,
+    POOLING_NONE,
+    ContextParameters,
     Handle,
     Llama,
     open_library,
+    read_piece,
 )
-from services.worker.engine.llamacpp_inflight import DecodeFailedError
+from services.worker.engine.llamacpp_columns import Columns
+from services.worker.engine.llamacpp_decoder import SCORED_ROWS_MAX, DecodeFailedError
 
 Logits = npt.NDArray[np.float32]
 
@@ -68,7 +79,7 @@ class ModelSettings:
 
 
 class LlamaModel:
-    """The decoder of llamacpp_inflight.InflightBatch over a loaded GGUF file.
+    """The Decoder and the AdapterLoader of the batch in flight, over a loaded GGUF file.
 
     Loads for as long as it takes and releases the GIL meanwhile. Never freed: its process ends.
 
@@ -79,6 +90,8 @@ class LlamaModel:
         context_length: tokens of each sequence.
         vocabulary_size: length of a row of logits.
         is_deterministic: see _probe.
+        keeps_prefixes: the end of a sequence can be dropped; a recurrent memory cannot do that.
+        embedding_dimensions: numbers of a hidden state.
 
     Raises:
         EngineStartError: the file or the settings do not do.
@@ -92,6 +105,7 @@ class LlamaModel:
         self.context_length = _choose_context_length(
             settings.context_length, self._llama.model_n_ctx_train(self._model)
         )
+        self._settings = settings
         self._rows = settings.capacity + settings.prefill_tokens
         self._context = self._make_context(settings)
         memory = self._llama.get_memory(self._context)
@@ -99,7 +113,9 @@ class LlamaModel:
             raise EngineStartError(f"{settings.path.name} is not a model that generates text")
         self._memory = memory
         vocabulary = self._llama.model_get_vocab(self._model)
+        self._vocabulary = vocabulary
         self.vocabulary_size = self._llama.vocab_n_tokens(vocabulary)
+        self.embedding_dimensions = self._llama.model_n_embd(self._model)
         self.is_end = np.array(
             [
                 self._llama.vocab_is_eog(vocabulary, token_id)
@@ -109,7 +125,12 @@ class LlamaModel:
         self._logits_address: Handle | None = None
         self._logits = np.zeros((0, self.vocabulary_size), np.float32)
         self._capacity = settings.capacity
-        self._make_columns()
+        self._columns = Columns(self._rows)
+        self.tokens, self.positions = self._columns.tokens, self._columns.positions
+        self.slots, self.wanted = self._columns.slots, self._columns.wanted
+        self._adapter: Handle | None = None
+        self._description: Description | None = None
+        self.keeps_prefixes = True
         self.is_deterministic = self._probe() and settings.kv_dtype_k == _EXACT_KV_DTYPE_K
 
     def decode(self, rows: int) -> Logits:
@@ -118,17 +139,86 @@ class LlamaModel:
         Returns:
             float32, shape (wanted rows, vocabulary); the library's own memory.
         """
-        self._batch.n_tokens = rows
-        code = self._llama.decode(self._context, self._batch)
-        if code != 0:
-            # The library names token ids in some of its errors; they must not get into a log.
-            reason = re.sub(r"\d+", "#", self._llama.take_errors()) or "no reason given"
-            raise DecodeFailedError(f"llama_decode answered {code}: {reason}")
+        decode_rows(self._llama, self._context, self._columns, rows)
         return self._view_logits(int(np.count_nonzero(self.wanted[:rows])))
 
     def forget(self, slot: int, start: int) -> bool:
         """Drops the tokens of a slot from a position on; see llamacpp_inflight.Decoder."""
         return self._llama.memory_seq_rm(self._memory, slot, start or -1, -1)
+
+    def copy(self, source: int, target: int) -> None:
+        """Copies all tokens of a slot into an empty one; see llamacpp_decoder.Decoder."""
+        self._llama.memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def use_adapter(self, handle: int | None) -> None:
+        """Has the next calls of decode apply an adapter; see llamacpp_decoder.Decoder.
+
+        A change costs about a millisecond: the library plans its computation anew.
+        """
+        if handle == self._adapter:
+            return
+        handles, weights = (ctypes.c_void_p * 1)(handle), (ctypes.c_float * 1)(1.0)
+        count = 0 if handle is None else 1
+        code = self._llama.set_adapters(
+            self._context, ctypes.addressof(handles), count, ctypes.addressof(weights)
+        )
+        if code != 0:
+            raise DecodeFailedError(f"llama.cpp cannot apply an adapter: {code}")
+        self._adapter = handle
+
+    def check_adapter(self, adapter: Adapter) -> None:
+        """Compares an adapter's file with the model; see llamacpp_adapters.AdapterLoader."""
+        if adapter.path is None:
+            raise AdapterUnusable(f"{adapter.name} has no file")
+        if self._description is None:
+            try:
+                self._description = describe(self._settings.path)
+            except NotGgufError as error:
+                raise AdapterUnusable(f"the model's file takes no adapters: {error}") from error
+        check_adapter_file(adapter.path, self._description)
+
+    def load_adapter(self, adapter: Adapter) -> int:
+        """Loads an adapter that was checked; see llamacpp_adapters.AdapterLoader."""
+        handle = self._llama.adapter_init(self._model, str(adapter.path).encode())
+        if handle is None:
+            # Of its words some name the file, which is no tenant's business.
+            self._llama.take_errors()
+            raise AdapterUnusable(f"llama.cpp cannot load {adapter.name} for this model")
+        return handle
+
+    def free_adapter(self, handle: int) -> None:
+        """Frees an adapter; see llamacpp_adapters.AdapterLoader."""
+        if handle == self._adapter:
+            # Else another one at the same address would count as the same.
+            self.use_adapter(None)
+        self._llama.adapter_free(handle)
+
+    def pieces(self) -> tuple[list[bytes], list[int]]:
+        """The bytes of each token, and the ids of those that are no text."""
+        llama, vocabulary = self._llama, self._vocabulary
+        no_text = ATTRIBUTE_CONTROL | ATTRIBUTE_UNKNOWN
+        pieces = [read_piece(llama, vocabulary, token) for token in range(self.vocabulary_size)]
+        specials = [
+            token
+            for token, piece in enumerate(pieces)
+            if not piece or llama.vocab_get_attr(vocabulary, token) & no_text
+        ]
+        return pieces, specials
+
+    def make_state_context(self, slots: int, rows: int) -> Handle | None:
+        """Makes a second context over the same weights, which gives hidden states.
+
+        Args:
+            slots: sequences.
+            rows: most of them in a step.
+
+        Returns:
+            its handle; None when there is no memory for it.
+        """
+        parameters = self._parameters(slots, rows, outputs=rows)
+        parameters.embeddings = True
+        parameters.pooling_type = POOLING_NONE
+        return self._llama.init_from_model(self._model, parameters)
 
     def _view_logits(self, count: int) -> Logits:
         if count == 0:
@@ -136,31 +226,34 @@ class LlamaModel:
         address = self._llama.get_logits(self._context)
         if address is None:
             raise DecodeFailedError("llama.cpp computed no logits")
-        if address != self._logits_address:
+        if address != self._logits_address or count > len(self._logits):
             # The library moves the buffer when it grows. Making a view costs more than a look.
-            floats = ctypes.c_float * (self._capacity * self.vocabulary_size)
-            memory = memoryview(floats.from_address(address))
-            self._logits = np.frombuffer(memory, np.float32).reshape(
-                self._capacity, self.vocabulary_size
-            )
+            rows = max(count, self._capacity)
+            self._logits = view_floats(address, rows, self.vocabulary_size)
             self._logits_address = address
         return self._logits[:count]
 
-    def _make_context(self, settings: ModelSettings) -> Handle:
-        llama = self._llama
-        parameters = llama.context_default_params()
-        parameters.n_ctx = self.context_length * settings.capacity
-        parameters.n_batch = self._rows
-        parameters.n_ubatch = min(self._rows, _UBATCH_MAX)
-        parameters.n_seq_max = settings.capacity
-        parameters.n_outputs_max = settings.capacity
-        parameters.n_threads = parameters.n_threads_batch = settings.threads
+    def _parameters(self, slots: int, rows: int, *, outputs: int) -> ContextParameters:
+        parameters = self._llama.context_default_params()
+        parameters.n_ctx = self.context_length * slots
+        parameters.n_batch = rows
+        parameters.n_ubatch = min(rows, _UBATCH_MAX)
+        parameters.n_seq_max = slots
+        # More outputs than this abort the process.
+        parameters.n_outputs_max = outputs
+        parameters.n_threads = parameters.n_threads_batch = self._settings.threads
         # One sequence in each of the cache's streams: a unified cache costs 2 to 4 times the
         # time at 64 sequences.
         parameters.kv_unified = False
         parameters.flash_attn_type = FLASH_ATTENTION_ON
-        parameters.type_k = GGML_TYPES[settings.kv_dtype_k]
-        parameters.type_v = GGML_TYPES[settings.kv_dtype_v]
+        parameters.type_k = GGML_TYPES[self._settings.kv_dtype_k]
+        parameters.type_v = GGML_TYPES[self._settings.kv_dtype_v]
+        return parameters
+
+    def _make_context(self, settings: ModelSettings) -> Handle:
+        llama = self._llama
+        outputs = settings.capacity + SCORED_ROWS_MAX
+        parameters = self._parameters(settings.capacity, self._rows, outputs=outputs)
         context = llama.init_from_model(self._model, parameters)
         if context is None:
             raise EngineStartError(
@@ -170,26 +263,6 @@ class LlamaModel:
                 "a smaller capacity or context, or f16 keys and values, may do"
             )
         return context
-
-    def _make_columns(self) -> None:
-        self.tokens = np.zeros(self._rows, np.int32)
-        self.positions = np.zeros(self._rows, np.int32)
-        self.slots = np.zeros(self._rows, np.int32)
-        self.wanted = np.zeros(self._rows, np.int8)
-        # Every row is in one sequence, whose id is the row's entry in slots.
-        self._sequence_counts = np.ones(self._rows, np.int32)
-        self._sequence_addresses = self.slots.ctypes.data + self.slots.itemsize * np.arange(
-            self._rows, dtype=np.uintp
-        )
-        self._batch = Batch(
-            n_tokens=0,
-            token=self.tokens.ctypes.data,
-            embd=None,
-            pos=self.positions.ctypes.data,
-            n_seq_id=self._sequence_counts.ctypes.data,
-            seq_id=self._sequence_addresses.ctypes.data,
-            logits=self.wanted.ctypes.data,
-        )
 
     def _probe(self) -> bool:
         """Warms up, and measures whether the company in a batch changes a lane's logits.
@@ -212,7 +285,7 @@ class LlamaModel:
         for others in range(min(self._capacity, 4)):
             company = [(ids[0], 0, slot) for slot in range(1, others + 1)]
             if not self.forget(0, start):
-                is_exact = False
+                is_exact = self.keeps_prefixes = False
                 break
             pieces = whole
             for row in rows[start:]:
@@ -234,6 +307,27 @@ class LlamaModel:
             return self.decode(count).copy()
         except DecodeFailedError as error:
             raise EngineStartError(f"the model cannot be computed: {error}") from error
+
+
+def decode_rows(llama: Llama, context: Handle, columns: Columns, rows: int) -> None:
+    """Computes the first rows of some columns.
+
+    Raises:
+        DecodeFailedError: the KV cache may hold part of the rows.
+    """
+    columns.batch.n_tokens = rows
+    code = llama.decode(context, columns.batch)
+    if code != 0:
+        # The library names token ids in some of its errors; they must not get into a log.
+        reason = re.sub(r"\d+", "#", llama.take_errors()) or "no reason given"
+        raise DecodeFailedError(f"llama_decode answered {code}: {reason}")
+
+
+def view_floats(address: Handle, rows: int, columns: int) -> Logits:
+    """The library's memory as a matrix that can be written, without a copy."""
+    floats = ctypes.c_float * (rows * columns)
+    memory = memoryview(floats.from_address(address))
+    return np.frombuffer(memory, np.float32).reshape(rows, columns)
 
 
 def _check_settings(settings: ModelSettings) -> None:

@@ -5,12 +5,14 @@ For every row, in this order:
 1. temperature: weight = exp((logit - largest) / temperature);
 2. top_k: the k heaviest tokens stay; among equals the lower id does;
 3. top_p: of these, heaviest first, the shortest run stays whose weights reach top_p of their sum;
-4. the token is where the running sum of the weights, tokens in ascending id, exceeds u * sum.
+4. min_p: of these, those stay that weigh at least min_p times the heaviest;
+5. the token is where the running sum of the weights, tokens in ascending id, exceeds u * sum.
 
 That is the order of OpenAI's, vLLM's and TensorRT-LLM's samplers, so top_p means the same on every
-engine of a pool. (llama.cpp's own chain applies temperature last; only top_p notices.)
+engine of a pool. (llama.cpp's own chain applies temperature last; top_p and min_p notice.) What
+changes logits before, llamacpp_logits does.
 
-u is uniform in [0, 1) and a function of (seed, output position) alone. Step 4 runs by id, not by
+u is uniform in [0, 1) and a function of (seed, output position) alone. Step 5 runs by id, not by
 weight, so that the last bits of logits, which may differ between machines, move the borders a
 little instead of swapping neighbours.
 
@@ -76,15 +78,21 @@ class Sampler:
     """
 
     def __init__(self, samplings: Sequence[Sampling], vocabulary_size: int) -> None:
-        members = defaultdict[tuple[int, bool], list[int]](list)
+        members = defaultdict[tuple[int, bool, bool], list[int]](list)
         for row, sampling in enumerate(samplings):
             if _is_greedy(sampling):
                 continue
             top_k = sampling.top_k if sampling.top_k < vocabulary_size else 0
-            members[top_k, sampling.top_p < 1].append(row)
+            members[top_k, sampling.top_p < 1, sampling.min_p > 0].append(row)
         self._groups = [
-            _Group(np.array(rows), [samplings[row] for row in rows], top_k, is_nucleus=is_nucleus)
-            for (top_k, is_nucleus), rows in members.items()
+            _Group(
+                np.array(rows),
+                [samplings[row] for row in rows],
+                top_k,
+                is_nucleus=is_nucleus,
+                has_floor=has_floor,
+            )
+            for (top_k, is_nucleus, has_floor), rows in members.items()
         ]
         self._rows = np.arange(len(samplings))
 
@@ -116,7 +124,13 @@ class _Group:
     """Rows that are drawn by the same steps, as one matrix."""
 
     def __init__(
-        self, rows: Ids, samplings: Sequence[Sampling], top_k: int, *, is_nucleus: bool
+        self,
+        rows: Ids,
+        samplings: Sequence[Sampling],
+        top_k: int,
+        *,
+        is_nucleus: bool,
+        has_floor: bool,
     ) -> None:
         self.rows = rows
         self._top_k = top_k
@@ -126,6 +140,8 @@ class _Group:
             dtype=np.float32,
         )
         self._top_p = np.array([[sampling.top_p] for sampling in samplings])
+        self._has_floor = has_floor
+        self._min_p = np.array([[sampling.min_p] for sampling in samplings], dtype=np.float32)
         self._streams = streams_of([sampling.seed for sampling in samplings])
 
     def draw(self, logits: Floats, largest: Floats, positions: Ids) -> Ids:
@@ -136,6 +152,8 @@ class _Group:
             weights = np.exp(np.take_along_axis(exponents, candidates, axis=1))
             if self._is_nucleus:
                 _cut_ranked(weights, self._top_p)
+            if self._has_floor:
+                _cut_floor(weights, self._min_p)
             chosen = _pick(weights, numbers)
             ids: Ids = np.take_along_axis(candidates, chosen[:, None], axis=1)[:, 0]
             return ids
@@ -143,6 +161,8 @@ class _Group:
         if self._is_nucleus:
             for row in range(len(weights)):
                 _cut_bucketed(weights[row], exponents[row], float(self._top_p[row, 0]))
+        if self._has_floor:
+            _cut_floor(weights, self._min_p)
         return _pick(weights, numbers)
 
 
@@ -211,6 +231,11 @@ def _cut_bucketed(weights: Floats, exponents: Floats, top_p: float) -> None:
     weights[candidates[is_cut]] = 0
 
 
+def _cut_floor(weights: Floats, min_p: Floats) -> None:
+    """Zeroes what weighs less than min_p; the heaviest of each row weighs 1 and so always stays."""
+    weights[weights < min_p] = 0
+
+
 def _pick(weights: Floats, numbers: Doubles) -> Ids:
     """Index in each row where the running sum of the weights exceeds number * sum."""
     running = np.cumsum(weights, axis=1, dtype=np.float64)
@@ -224,7 +249,12 @@ def _pick(weights: Floats, numbers: Doubles) -> Ids:
 
 
 def _is_greedy(sampling: Sampling) -> bool:
-    return sampling.temperature <= 0 or sampling.top_k == 1 or sampling.top_p <= 0
+    return (
+        sampling.temperature <= 0
+        or sampling.top_k == 1
+        or sampling.top_p <= 0
+        or sampling.min_p >= 1
+    )
 
 
 def _mix(words: Words) -> Words:

@@ -30,6 +30,7 @@ from services.worker.engine.llamacpp_api import (
     Handle,
     Llama,
     open_library,
+    read_piece,
 )
 
 TEXT_BYTES_MAX: Final = 1 << 20
@@ -40,7 +41,6 @@ _PIECE_BYTES: Final = 1 << 11
 # Twice what was measured: 256 to 512 bytes of stack for a byte of text.
 _STACK_BYTES: Final = 1 << 20
 _STACK_BYTES_PER_BYTE: Final = 1 << 10
-_TOKEN_BYTES_FIRST: Final = 256
 _SPECIAL: Final = ATTRIBUTE_CONTROL | ATTRIBUTE_USER_DEFINED | ATTRIBUTE_UNKNOWN
 # Some kinds of vocabulary put a space before the text; that may become a token.
 _EXTRA_TOKENS: Final = 2
@@ -75,7 +75,7 @@ class LlamaCppTokenizer:
         weakref.finalize(self, self._llama.model_free, model)
         self._size = self._llama.vocab_n_tokens(self._vocabulary)
         self._pieces = [
-            self._piece(token_id, is_control_shown=False) for token_id in range(self._size)
+            read_piece(self._llama, self._vocabulary, token_id) for token_id in range(self._size)
         ]
         self._borders = _find_borders(self._llama, self._vocabulary, self._size)
         self._chat_template = (self._llama.model_chat_template(model, None) or b"").decode(
@@ -172,18 +172,9 @@ class LlamaCppTokenizer:
     def _text_of(self, token_id: int) -> str:
         if token_id == NO_TOKEN:
             return ""
-        return self._piece(token_id, is_control_shown=True).decode("utf-8", "replace")
-
-    def _piece(self, token_id: int, *, is_control_shown: bool) -> bytes:
-        buffer = ctypes.create_string_buffer(_TOKEN_BYTES_FIRST)
-        for _ in range(2):
-            length = self._llama.token_to_piece(
-                self._vocabulary, token_id, buffer, len(buffer), 0, is_control_shown
-            )
-            if length >= 0:
-                return buffer.raw[:length]
-            buffer = ctypes.create_string_buffer(-length)
-        raise EngineStartError(f"token {token_id} of the vocabulary has no text")
+        return read_piece(self._llama, self._vocabulary, token_id, is_control_shown=True).decode(
+            "utf-8", "replace"
+        )
 
 
 def _load_vocabulary(llama: Llama, path: Path) -> Handle:

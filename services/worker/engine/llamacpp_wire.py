@@ -1,12 +1,20 @@
 """Frames between LlamaCppEngine and its child process, over one stream socket.
 
-    frame   = length of body: uint32 | kind: uint8 | body
-    SUBMIT  = fixed fields | prompt ids | continue ids | stop ids              (int32 columns)
-    STEP    = fixed fields | lanes int64, ids int32 of the rows | lanes int64, cached int32 of the
-              prefilled | lanes int64, stop ids int32, reasons uint8 of the ended | messages JSON
+    frame    = length of body: uint32 | kind: uint8 | body
+    SUBMIT   = fixed fields | prompt ids | continue ids | stop ids (int32 columns) | cache salt |
+               what few requests ask for, JSON, mostly empty
+    STEP     = fixed fields | lanes int64, ids int32 of the rows | lanes int64, cached int32 of the
+               prefilled | lanes int64, stop ids int32, reasons uint8 of the ended |
+               score blocks of rows | lane int64, offset uint32, score block of each prompt part |
+               messages JSON
+    block    = rows, alternatives: uint32 | row int32, log-probability float32 of each row |
+               ids int32, log-probabilities float32 of all alternatives
+    EMBED    = job: uint32, inputs: uint32 | lengths | ids                     (int32 columns)
+    EMBEDDED = job: uint32, rows: uint32, columns: uint32 | float32, or why not, UTF-8
 
-Both ends run on one machine, from one checkout: byte order is native and there is no version.
-Nothing here is able to run code from the other side, unlike pickle.
+Both ends run on one machine: byte order is native. They should be from one checkout, and the
+version in START says whether they are. Nothing here is able to run code from the other side, unlike
+pickle.
 
 Pure: no sockets, no asyncio.
 """
@@ -21,15 +29,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
+
 from services.worker.engine.base import (
     Ended,
     EndReason,
     EngineRequest,
     Lane,
     Prefilled,
+    PromptScores,
     Sampling,
     StepBatch,
 )
+from services.worker.engine.llamacpp_extras import read_extras, write_extras
+from services.worker.engine.llamacpp_scores import ScoreBlock, extend_scores, to_scores
+
+VERSION: Final = 2
+"""Of all that is said here; changed with it."""
 
 Value = str | int | float | bool | None
 """What the rare control messages carry, flat."""
@@ -44,6 +61,12 @@ class Kind(enum.IntEnum):
     READY = 4  # to the parent: facts about the model, JSON
     REFUSED = 5  # to the parent: why the child cannot start, JSON
     STEP = 6  # to the parent
+    LOAD_ADAPTER = 7  # to the child, JSON
+    ADAPTER_ANSWER = 8  # to the parent, JSON
+    EMBED = 9  # to the child
+    EMBEDDED = 10  # to the parent
+    DROP_EMBED = 11  # to the child
+    RESIDENTS = 12  # to the parent: names of the loaded adapters, one a line
 
 
 @dataclass(slots=True, kw_only=True)
@@ -74,23 +97,40 @@ class Report:
         token_ids: int32 column, native bytes; as many as lanes.
         prefilled: as in base.StepBatch.
         ended: as in base.StepBatch.
+        scores: of the rows that asked.
+        prompt_scores: lane, place in the prompt of the first row, and all rows of each part.
     """
 
     lanes: bytes = b""
     token_ids: bytes = b""
     prefilled: list[Prefilled] = field(default_factory=list)
     ended: list[Ended] = field(default_factory=list)
+    scores: list[ScoreBlock] = field(default_factory=list)
+    prompt_scores: list[tuple[Lane, int, ScoreBlock]] = field(default_factory=list)
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to tell but counters."""
-        return not (self.lanes or self.prefilled or self.ended)
+        return not (self.lanes or self.prefilled or self.ended or self.prompt_scores)
+
+    @property
+    def row_count(self) -> int:
+        """Rows so far."""
+        return len(self.token_ids) // 4
 
 
 _FRAME: Final = struct.Struct("=IB")
 _ABORT: Final = struct.Struct("=q")
-_SUBMIT: Final = struct.Struct("=qQddiIIII?")
-_STEP: Final = struct.Struct("=IIQQIIII")
+_SUBMIT: Final = struct.Struct("=qQddiIIIIBIi")
+_IGNORES_EOS: Final = 1
+_READS_CACHE: Final = 2
+_IS_BACKGROUND: Final = 4
+_STEP: Final = struct.Struct("=IIQQIIIIII")
+_BLOCK: Final = struct.Struct("=II")
+_PART: Final = struct.Struct("=qI")
+_EMBED: Final = struct.Struct("=II")
+_DROP_EMBED: Final = struct.Struct("=I")
+_EMBEDDED: Final = struct.Struct("=III")
 _INT32_MAX: Final = 2**31 - 1
 _SEED_MASK: Final = 2**64 - 1
 _REASONS: Final = tuple(EndReason)
@@ -138,6 +178,7 @@ def pack_submit(lane: Lane, request: EngineRequest) -> bytes:
         OverflowError: a token id has no 32 bits, so it is in no vocabulary.
     """
     sampling = request.sampling
+    extras = write_extras(request)
     fixed = _SUBMIT.pack(
         lane,
         sampling.seed & _SEED_MASK,
@@ -148,31 +189,44 @@ def pack_submit(lane: Lane, request: EngineRequest) -> bytes:
         len(request.prompt_ids),
         len(request.continue_ids),
         len(request.stop_token_ids),
-        request.ignore_eos,
+        request.ignore_eos * _IGNORES_EOS
+        | request.reads_cache * _READS_CACHE
+        | request.is_background * _IS_BACKGROUND,
+        len(request.cache_salt),
+        -1 if request.top_logprobs is None else request.top_logprobs,
     )
     ids = array.array("i", request.prompt_ids)
     ids.extend(request.continue_ids)
     ids.extend(sorted(request.stop_token_ids))
-    return _frame(Kind.SUBMIT, fixed + ids.tobytes())
+    return _frame(Kind.SUBMIT, fixed + ids.tobytes() + request.cache_salt + extras)
 
 
 def unpack_submit(body: bytes) -> tuple[Lane, EngineRequest]:
-    """Reads a SUBMIT body."""
-    lane, seed, temperature, top_p, top_k, max_output, prompt, continued, stops, ignore_eos = (
-        _SUBMIT.unpack_from(body)
-    )
-    ids = array.array("i", body[_SUBMIT.size :])
-    if len(ids) != prompt + continued + stops:
+    """Reads a SUBMIT body.
+
+    Raises:
+        ValueError: its columns do not fit its counts.
+    """
+    fixed = _SUBMIT.unpack_from(body)
+    lane, seed, temperature, top_p, top_k, max_output, prompt, continued, stops = fixed[:9]
+    flags, salt, top_logprobs = fixed[9:]
+    ids_end = _SUBMIT.size + 4 * (prompt + continued + stops)
+    if len(body) < ids_end + salt:
         raise ValueError("the columns of a submit frame do not fit its counts")
+    ids = array.array("i", body[_SUBMIT.size : ids_end])
     request = EngineRequest(
         prompt_ids=tuple(ids[:prompt]),
         continue_ids=tuple(ids[prompt : prompt + continued]),
         max_output_tokens=max_output,
         stop_token_ids=frozenset(ids[prompt + continued :]),
-        ignore_eos=ignore_eos,
+        ignore_eos=bool(flags & _IGNORES_EOS),
         sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
+        top_logprobs=None if top_logprobs < 0 else top_logprobs,
+        cache_salt=body[ids_end : ids_end + salt],
+        reads_cache=bool(flags & _READS_CACHE),
+        is_background=bool(flags & _IS_BACKGROUND),
     )
-    return lane, request
+    return lane, read_extras(request, body[ids_end + salt :])
 
 
 def pack_abort(lane: Lane) -> bytes:
@@ -198,6 +252,8 @@ def pack_step(counters: Counters, report: Report) -> bytes:
             len(report.lanes) // 8,
             len(report.prefilled),
             len(report.ended),
+            len(report.scores),
+            len(report.prompt_scores),
         ),
         report.lanes,
         report.token_ids,
@@ -213,28 +269,41 @@ def pack_step(counters: Counters, report: Report) -> bytes:
             _column("i", [-1 if end.stop_token_id is None else end.stop_token_id for end in ends])
         )
         parts.append(bytes(_REASON_CODES[end.reason] for end in ends))
-        if any(end.message for end in ends):
-            parts.append(json.dumps([end.message for end in ends]).encode())
+    for block in report.scores:
+        parts += _pack_block(block)
+    for lane, offset, block in report.prompt_scores:
+        parts += (_PART.pack(lane, offset), *_pack_block(block))
+    if any(end.message for end in report.ended):
+        parts.append(json.dumps([end.message for end in report.ended]).encode())
     return _frame(Kind.STEP, b"".join(parts))
 
 
 def unpack_step(body: bytes, batch: StepBatch) -> Counters:
     """Reads a STEP body and appends what happened to a batch."""
-    running, waiting, waiting_tokens, kv_used, taken, rows, prefilled, ended = _STEP.unpack_from(
-        body
-    )
+    fixed = _STEP.unpack_from(body)
+    running, waiting, waiting_tokens, kv_used, taken = fixed[:5]
+    rows, prefilled, ended, blocks, parts = fixed[5:]
     columns = _Columns(body, _STEP.size)
+    rows_before = len(batch.lanes)
     if rows:
         batch.lanes += columns.take("q", rows)
         batch.token_ids += columns.take("i", rows)
     if prefilled:
         lanes, cached = columns.take("q", prefilled), columns.take("i", prefilled)
         batch.prefilled += map(Prefilled, lanes, cached)
+    ends: list[tuple[int, int, int]] = []
     if ended:
         lanes, stops = columns.take("q", ended), columns.take("i", ended)
-        codes = columns.take("B", ended)
-        messages = columns.take_messages(ended)
-        for lane, stop, code, message in zip(lanes, stops, codes, messages, strict=True):
+        ends += zip(lanes, stops, columns.take("B", ended), strict=True)
+    if rows and (blocks or batch.scores is not None):
+        batch.scores = extend_scores(
+            batch.scores, rows_before, rows, [columns.take_block() for _ in range(blocks)]
+        )
+    for _ in range(parts):
+        lane, offset = columns.take_fixed(_PART)
+        batch.prompt_scores.append(PromptScores(lane, offset, to_scores(columns.take_block())))
+    if ended:
+        for (lane, stop, code), message in zip(ends, columns.take_messages(ended), strict=True):
             batch.ended.append(Ended(lane, _REASONS[code], None if stop < 0 else stop, message))
     return Counters(
         running=running,
@@ -243,6 +312,62 @@ def unpack_step(body: bytes, batch: StepBatch) -> Counters:
         kv_used_tokens=kv_used,
         taken=taken,
     )
+
+
+def pack_embed(job: int, inputs: Sequence[Sequence[int]]) -> bytes:
+    """Makes an EMBED frame.
+
+    Raises:
+        OverflowError: a token id has no 32 bits, so it is in no vocabulary.
+    """
+    columns = array.array("i", [len(ids) for ids in inputs])
+    for ids in inputs:
+        columns.extend(ids)
+    return _frame(Kind.EMBED, _EMBED.pack(job, len(inputs)) + columns.tobytes())
+
+
+def unpack_embed(body: bytes) -> tuple[int, list[tuple[int, ...]]]:
+    """Reads an EMBED body."""
+    columns = _Columns(body, _EMBED.size)
+    job, count = _EMBED.unpack_from(body)
+    return job, [columns.take("i", length) for length in columns.take("i", count)]
+
+
+def pack_drop_embed(job: int) -> bytes:
+    """Makes a DROP_EMBED frame."""
+    return _frame(Kind.DROP_EMBED, _DROP_EMBED.pack(job))
+
+
+def unpack_drop_embed(body: bytes) -> int:
+    """Reads a DROP_EMBED body."""
+    job: int = _DROP_EMBED.unpack(body)[0]
+    return job
+
+
+def pack_embedded(job: int, outcome: npt.NDArray[np.float32] | str) -> bytes:
+    """Makes an EMBEDDED frame: vectors, shape (inputs, dimensions), or why there are none."""
+    if isinstance(outcome, str):
+        return _frame(Kind.EMBEDDED, _EMBEDDED.pack(job, 0, 0) + outcome.encode())
+    return _frame(Kind.EMBEDDED, _EMBEDDED.pack(job, *outcome.shape) + outcome.tobytes())
+
+
+def unpack_embedded(body: bytes) -> tuple[int, npt.NDArray[np.float32] | str]:
+    """Reads an EMBEDDED body."""
+    job, rows, columns = _EMBEDDED.unpack_from(body)
+    rest = body[_EMBEDDED.size :]
+    if not rows:
+        return job, rest.decode()
+    return job, np.frombuffer(rest, np.float32).reshape(rows, columns).copy()
+
+
+def pack_residents(names: Sequence[str]) -> bytes:
+    """Makes a RESIDENTS frame."""
+    return _frame(Kind.RESIDENTS, "\n".join(names).encode())
+
+
+def unpack_residents(body: bytes) -> tuple[str, ...]:
+    """Reads a RESIDENTS body."""
+    return tuple(body.decode().split("\n")) if body else ()
 
 
 class _Columns:
@@ -257,11 +382,39 @@ class _Columns:
         self._start += struct.calcsize(f"={code}") * count
         return column
 
+    def take_fixed(self, layout: struct.Struct) -> tuple[int, ...]:
+        values: tuple[int, ...] = layout.unpack_from(self._body, self._start)
+        self._start += layout.size
+        return values
+
+    def take_block(self) -> ScoreBlock:
+        count, width = self.take_fixed(_BLOCK)
+        return ScoreBlock(
+            np.frombuffer(self._bytes(4 * count), np.int32),
+            np.frombuffer(self._bytes(4 * count), np.float32),
+            np.frombuffer(self._bytes(4 * count * width), np.int32).reshape(count, width),
+            np.frombuffer(self._bytes(4 * count * width), np.float32).reshape(count, width),
+        )
+
+    def _bytes(self, count: int) -> bytes:
+        self._start += count
+        return self._body[self._start - count : self._start]
+
     def take_messages(self, count: int) -> list[str]:
         if self._start == len(self._body):
             return [""] * count
         messages: list[str] = json.loads(self._body[self._start :])
         return messages
+
+
+def _pack_block(block: ScoreBlock) -> tuple[bytes, ...]:
+    return (
+        _BLOCK.pack(len(block.rows), block.top_count),
+        block.rows.tobytes(),
+        block.logprobs.tobytes(),
+        block.top_token_ids.tobytes(),
+        block.top_logprobs.tobytes(),
+    )
 
 
 def _column(code: str, values: Sequence[int]) -> bytes:

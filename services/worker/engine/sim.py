@@ -9,6 +9,9 @@ each step.
 
 An execution runs only while its whole worst case fits into the KV cache, so nothing is preempted.
 An abort frees its place at once; its end does not wait for the step that runs.
+Plain text is looked up in columns, for all lanes at once. Whatever else is asked for, each lane's
+speaker says token by token (sim_speaker.py); what needs a grammar waits until a thread of its own
+has compiled it.
 Never: reads the system's clock, draws randomness, or looks at text.
 """
 
@@ -16,12 +19,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
 
 from libs.clock import CancelTimer, Clock
 from services.worker.engine.base import (
+    Adapter,
+    ConstraintKind,
     Ended,
     EndReason,
+    EngineAbilities,
     EngineDied,
     EngineInfo,
     EngineLoad,
@@ -31,108 +42,35 @@ from services.worker.engine.base import (
     Prefilled,
     StepBatch,
 )
-from services.worker.engine.sim_output import SimOutput, base_of, end_of
+from services.worker.engine.matcher import MatcherError
+from services.worker.engine.sim_adapters import SimAdapters, check
+from services.worker.engine.sim_cache import PrefixCache
+from services.worker.engine.sim_columns import Columns
+from services.worker.engine.sim_costs import FLAT_OUT, SimCosts
+from services.worker.engine.sim_embedding import DIMENSIONS, SimEmbedding
+from services.worker.engine.sim_model import TOP_LOGPROBS_MAX, ScoredRows
+from services.worker.engine.sim_output import SimOutput, base_of, end_of, model_base_of
+from services.worker.engine.sim_run import Run
+from services.worker.engine.sim_speaker import Speaker, Voice
 from services.worker.engine.sim_tokenizer import SimTokenizer
 
-VERSION = "1"
-# Tokens drawn at once.
-AHEAD_TOKENS_MAX = 4096
+__all__ = ["FLAT_OUT", "VERSION", "SimCosts", "SimEngine"]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SimCosts:
-    """What the simulated GPU can do. The defaults are about one H100 with an 8B model.
-
-    Attributes:
-        prefill_tokens_per_s: prompt tokens; 0 means at no cost.
-        prefill_chunk_tokens: most prompt tokens in one step.
-        decode_base_s: of a step, whatever runs.
-        decode_per_lane_s: more for each execution that decodes.
-        mean_output_tokens: mean length at which the model ends by itself; 0 means never.
-    """
-
-    prefill_tokens_per_s: float = 20_000.0
-    prefill_chunk_tokens: int = 2048
-    decode_base_s: float = 0.008
-    decode_per_lane_s: float = 0.000_05
-    mean_output_tokens: int = 0
-
-    def step_s(self, prefilled: int, decoding: int) -> float:
-        """Returns the seconds that a step takes."""
-        prefill_s = prefilled / self.prefill_tokens_per_s if self.prefill_tokens_per_s else 0.0
-        return prefill_s + self.decode_base_s + self.decode_per_lane_s * decoding
-
-
-FLAT_OUT = SimCosts(
-    prefill_tokens_per_s=0, prefill_chunk_tokens=1 << 30, decode_base_s=0, decode_per_lane_s=0
+VERSION = "2"
+ABILITIES = EngineAbilities(
+    constraints=frozenset(ConstraintKind),
+    min_p=True,
+    penalties=True,
+    repetition_penalty=True,
+    logit_bias=True,
+    min_output_tokens=True,
+    ignore_eos=True,
+    max_top_logprobs=TOP_LOGPROBS_MAX,
+    prompt_logprobs=True,
+    adapters=True,
+    embedding_dimensions=DIMENSIONS,
+    prompt_cache=True,
 )
-"""No cost at all: for benchmarks of everything else."""
-
-
-class _Run:
-    """One execution in the engine.
-
-    Attributes:
-        prompt_left: tokens whose prefill has not happened.
-        position: output position of its first token here.
-        end: output position at which it ends; it draws no token there.
-        reason: why it ends there.
-        base: of what it says.
-        first_step: step in which it draws its first token.
-        kv_tokens: most tokens that it can ever have in the cache.
-        is_over: it has ended; whatever still refers to it drops it.
-    """
-
-    __slots__ = (
-        "base",
-        "end",
-        "first_step",
-        "is_over",
-        "kv_tokens",
-        "lane",
-        "position",
-        "prompt_left",
-        "prompt_tokens",
-        "reason",
-        "stop_token_id",
-    )
-
-    def __init__(self, lane: Lane, request: EngineRequest) -> None:
-        self.lane = lane
-        self.position = len(request.continue_ids)
-        self.prompt_tokens = len(request.prompt_ids)
-        self.prompt_left = self.prompt_tokens + self.position
-        self.end = max(self.position, request.max_output_tokens)
-        self.reason = EndReason.MAX_TOKENS
-        self.stop_token_id: int | None = None
-        self.base = 0
-        self.first_step = 0
-        self.kv_tokens = 0
-        self.is_over = False
-
-    def end_at(self, position: int, reason: EndReason) -> None:
-        """Ends at a position unless it ends before."""
-        if position < self.end:
-            self.end = max(position, self.position)
-            self.reason = reason
-
-    @property
-    def is_silent(self) -> bool:
-        """It takes a step to end, in which it says nothing: the model draws what ends it."""
-        return self.end == self.position or self.reason in _DRAWN
-
-    @property
-    def last_step(self) -> int:
-        """Step in which it ends, once it decodes."""
-        return self.first_step + self.end - self.position - (not self.is_silent)
-
-    def kv_used(self, step: int) -> int:
-        """Returns its tokens in the cache after a step."""
-        whole = self.prompt_tokens + self.position
-        return whole - self.prompt_left if self.prompt_left else whole + step - self.first_step
-
-
-_DRAWN = frozenset({EndReason.END_OF_SEQUENCE, EndReason.STOP_TOKEN})
 
 
 class SimEngine:
@@ -155,26 +93,30 @@ class SimEngine:
         self._kv_tokens = kv_tokens
         self._costs = costs
         self._output = SimOutput(tokenizer)
-        self._waiting: dict[Lane, _Run] = {}
-        self._running: dict[Lane, _Run] = {}
-        self._prefilling: deque[_Run] = deque()
-        self._decoding: dict[Lane, _Run] = {}
-        # The columns of _decoding; made anew when an execution came or went.
-        self._lanes: list[Lane] = []
-        self._bases: list[int] = []
-        self._offsets: list[int] = []
-        self._is_changed = False
-        # Tokens of the steps to come, last step first, drawn ahead while nobody comes or goes.
-        self._rows: list[list[int]] = []
-        self._ahead = 1
+        self._voice = Voice(tokenizer, self._output, costs.mean_output_tokens)
+        self._embedding = SimEmbedding(tokenizer)
+        self._adapters = SimAdapters(costs.adapters)
+        self._cache = PrefixCache(kv_tokens)
+        # Compiles grammars. One thread, because a vocabulary's matchers belong to one.
+        self._compiler = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sim-grammar")
+        self._preparing: dict[Lane, Run] = {}
+        self._waiting: dict[Lane, Run] = {}
+        # Those that start when nobody else waits.
+        self._background: dict[Lane, Run] = {}
+        self._running: dict[Lane, Run] = {}
+        self._prefilling: deque[Run] = deque()
+        self._decoding: dict[Lane, Run] = {}
+        # Those that decode with a speaker.
+        self._speaking: dict[Lane, Run] = {}
+        self._columns = Columns(self._voice.model)
         # Who ends in which step. Known beforehand, so that a step costs nothing for each lane.
-        self._endings: dict[int, list[_Run]] = {}
+        self._endings: dict[int, list[Run]] = {}
         self._waiting_tokens = 0
         self._kv_reserved = 0
         self._step = 0
         self._batch = StepBatch()
         # Of the step that runs: its prompt tokens, by execution, and its end.
-        self._chunk: list[tuple[_Run, int]] = []
+        self._chunk: list[tuple[Run, int]] = []
         self._step_ends_s: float | None = None
         self._last_step_ended_s = 0.0
         # Of the end of the step; and who waits in next_step.
@@ -201,6 +143,7 @@ class SimEngine:
             vocabulary_size=self._tokenizer.vocabulary_size,
             digest="",
             is_deterministic=True,
+            abilities=ABILITIES,
         )
 
     def submit(self, lane: Lane, request: EngineRequest) -> None:
@@ -211,16 +154,21 @@ class SimEngine:
         """
         if self._is_stopped:
             raise EngineDied("the engine was stopped")
-        run = self._plan(lane, request)
-        if self._step_ends_s is None and not self._waiting and not self._running:
-            self._last_step_ended_s = self._clock.monotonic_s()
-        self._waiting[lane] = run
+        run = Run(lane, request)
         self._waiting_tokens += run.prompt_left
-        self._wake()
+        if self._voice.is_slow_to_make(request):
+            self._prepare(run)
+            return
+        if self._voice.needs_speaker(request):
+            self._limit(run)
+            run.speaker = self._voice.speaker(request, is_slow=False)
+        else:
+            self._plan(run)
+        self._queue(run)
 
     def abort(self, lane: Lane) -> None:
         """Takes an execution out at once; next_step returns with its end."""
-        run = self._waiting.get(lane) or self._running.get(lane)
+        run = next((runs[lane] for runs in self._all_runs() if lane in runs), None)
         if run is None:
             return
         ending = self._endings.get(run.last_step, [])
@@ -240,7 +188,7 @@ class SimEngine:
         while not (self._batch.ended or self._batch.lanes or self._batch.prefilled):
             if self._is_stopped:
                 raise EngineDied("the engine was stopped")
-            if self._step_ends_s is None and (self._waiting or self._running):
+            if self._step_ends_s is None and self._has_work:
                 self._begin_step()
             if has_waited and self._is_step_over():
                 self._finish_step()
@@ -254,34 +202,108 @@ class SimEngine:
         """Measures the load. O(running)."""
         return EngineLoad(
             running=len(self._running),
-            waiting=len(self._waiting),
+            waiting=len(self._waiting) + len(self._background) + len(self._preparing),
             waiting_tokens=self._waiting_tokens,
             kv_used_tokens=sum(run.kv_used(self._step) for run in self._running.values()),
             kv_total_tokens=self._kv_tokens,
+            resident_adapters=self._adapters.names,
         )
 
+    async def load_adapter(self, adapter: Adapter) -> None:
+        """Takes the time of loading it, unless it is loaded.
+
+        Raises:
+            AdapterUnusable: its digest is none.
+            EngineDied: it was stopped.
+        """
+        check(adapter)
+        if not self._adapters.has(adapter):
+            await self._clock.sleep_s(self._costs.adapter_load_s)
+        if self._is_stopped:
+            raise EngineDied("the engine was stopped")
+        self._adapters.use(adapter)
+
+    async def embed(self, inputs: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
+        """Takes the time of a prefill of all inputs.
+
+        Raises:
+            EmbeddingFailed: an input is empty, too long or has a token that does not exist.
+            EngineDied: it was stopped.
+        """
+        found = self._embedding.embed(inputs, self._context_length)
+        tokens = sum(len(token_ids) for token_ids in inputs)
+        await self._clock.sleep_s(self._costs.step_s(tokens, 0))
+        if self._is_stopped:
+            raise EngineDied("the engine was stopped")
+        return found
+
     async def stop(self) -> None:
-        """Ends the engine; what runs is lost."""
+        """Ends the engine; what runs is lost. A grammar that is being compiled is left to end."""
         self._is_stopped = True
+        self._compiler.shutdown(wait=False, cancel_futures=True)
         if self._cancel_timer is not None:
             self._cancel_timer()
         self._wake()
 
-    def _plan(self, lane: Lane, request: EngineRequest) -> _Run:
-        """Finds out how an execution will end: its output is known beforehand."""
-        run = _Run(lane, request)
-        base = base_of(request)
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._waiting or self._background or self._running)
+
+    def _all_runs(self) -> tuple[dict[Lane, Run], ...]:
+        return self._preparing, self._waiting, self._background, self._running
+
+    def _prepare(self, run: Run) -> None:
+        """Lets the compiler's thread make its speaker; until then it is not in the queue."""
+        self._preparing[run.lane] = run
+        self._limit(run)
+        loop = asyncio.get_running_loop()
+        future = loop.run_in_executor(
+            self._compiler, partial(self._voice.speaker, run.request, is_slow=True)
+        )
+        future.add_done_callback(partial(self._prepared, run))
+
+    def _prepared(self, run: Run, future: asyncio.Future[Speaker]) -> None:
+        if future.cancelled():
+            return
+        error = future.exception()
+        if run.is_over or self._is_stopped:
+            return
+        if error is not None:
+            # Of other errors the text may show what somebody wrote.
+            is_ours = isinstance(error, MatcherError)
+            self._finish(run, EndReason.FAILED, str(error) if is_ours else type(error).__name__)
+            self._wake()
+            return
+        del self._preparing[run.lane]
+        run.speaker = future.result()
+        self._queue(run)
+
+    def _queue(self, run: Run) -> None:
+        if self._step_ends_s is None and not self._has_work:
+            self._last_step_ended_s = self._clock.monotonic_s()
+        (self._background if run.request.is_background else self._waiting)[run.lane] = run
+        self._wake()
+
+    def _limit(self, run: Run) -> None:
+        """Ends it where there is no room left."""
         run.end_at(self._context_length - run.prompt_tokens, EndReason.CONTEXT_FULL)
         run.kv_tokens = run.prompt_tokens + run.end
+
+    def _plan(self, run: Run) -> None:
+        """Finds out how an execution will end: its plain output is known beforehand."""
+        request = run.request
+        run.base = base = base_of(request)
+        if request.top_logprobs is not None:
+            run.model_base = model_base_of(request)
+        self._limit(run)
         if self._costs.mean_output_tokens and not request.ignore_eos:
-            run.end_at(end_of(base, self._costs.mean_output_tokens), EndReason.END_OF_SEQUENCE)
+            end = max(end_of(base, self._costs.mean_output_tokens), request.min_output_tokens)
+            run.end_at(end, EndReason.END_OF_SEQUENCE)
         if request.stop_token_ids:
             found = self._output.find(base, run.position, run.end, request.stop_token_ids)
             if found is not None:
                 run.end_at(found, EndReason.STOP_TOKEN)
                 run.stop_token_id = int(self._output.tokens(base, found, found + 1)[0])
-        run.base = base
-        return run
 
     async def _wait(self) -> None:
         """Waits for the end of the step, or for something to happen before."""
@@ -316,19 +338,33 @@ class SimEngine:
 
     def _begin_step(self) -> None:
         """Admits what fits, in the order of arrival, and decides how long the step takes."""
-        while self._waiting and len(self._running) < self._capacity:
-            lane, run = next(iter(self._waiting.items()))
+        load_s = 0.0
+        while (self._waiting or self._background) and len(self._running) < self._capacity:
+            queue = self._waiting or self._background
+            lane, run = next(iter(queue.items()))
             if self._kv_reserved + run.kv_tokens > self._kv_tokens:
                 break
-            del self._waiting[lane]
-            self._running[lane] = run
-            self._kv_reserved += run.kv_tokens
-            self._prefilling.append(run)
+            del queue[lane]
+            load_s += self._admit(run)
         self._take_chunk()
         prefilled = sum(tokens for _, tokens in self._chunk)
-        cost_s = self._costs.step_s(prefilled, len(self._decoding))
+        decoding = len(self._decoding) + len(self._speaking)
+        cost_s = self._costs.step_s(prefilled, decoding) + load_s
         # A consumer that comes late finds a step that ran meanwhile, but no more than one.
         self._step_ends_s = max(self._clock.monotonic_s(), self._last_step_ended_s + cost_s)
+
+    def _admit(self, run: Run) -> float:
+        """Puts it into the batch, and returns the seconds until its adapter is there."""
+        self._running[run.lane] = run
+        self._kv_reserved += run.kv_tokens
+        self._waiting_tokens -= run.use_cache(self._cache)
+        self._prefilling.append(run)
+        adapter = run.request.adapter
+        if adapter is None:
+            return 0.0
+        load_s = 0.0 if self._adapters.has(adapter) else self._costs.adapter_load_s
+        self._adapters.use(adapter)
+        return load_s
 
     def _take_chunk(self) -> None:
         left = self._costs.prefill_chunk_tokens
@@ -357,6 +393,8 @@ class SimEngine:
             if run.is_silent:
                 self._finish(run, run.reason)
         self._draw()
+        if self._speaking:
+            self._speak()
         for run in ending:
             if not run.is_silent:
                 self._finish(run, run.reason)
@@ -368,46 +406,62 @@ class SimEngine:
             run.prompt_left -= tokens
             self._waiting_tokens -= tokens
             if run.prompt_left == 0:
-                run.first_step = self._step
-                self._endings.setdefault(run.last_step, []).append(run)
-                self._decoding[run.lane] = run
-                self._is_changed = True
-                self._batch.prefilled.append(Prefilled(run.lane, 0))
+                self._decode(run)
+
+    def _decode(self, run: Run) -> None:
+        """Its prompt has been computed."""
+        run.first_step = self._step
+        run.fill_cache(self._cache)
+        self._batch.prefilled.append(Prefilled(run.lane, run.cached_tokens))
+        if run.request.prompt_logprobs:
+            self._batch.prompt_scores += self._voice.prompt_scores(run.lane, run.request)
+        if run.speaker is not None:
+            self._speaking[run.lane] = run
+            return
+        self._endings.setdefault(run.last_step, []).append(run)
+        self._decoding[run.lane] = run
+        self._columns.change()
 
     def _draw(self) -> None:
-        if self._is_changed:
-            self._change()
-        if not self._lanes:
-            return
-        if not self._rows:
-            self._draw_ahead()
-        self._batch.lanes = self._lanes.copy()
-        self._batch.token_ids = self._rows.pop()
+        if self._decoding:
+            token_ids = self._columns.draw(self._output, self._decoding.values(), self._step)
+            self._batch.lanes, self._batch.token_ids = self._columns.lanes.copy(), token_ids
+            self._batch.scores = self._columns.scores
 
-    def _change(self) -> None:
-        """Makes the columns anew. What was drawn ahead was for others."""
-        self._is_changed = False
-        runs = self._decoding.values()
-        self._lanes = list(self._decoding)
-        self._bases = [run.base for run in runs]
-        self._offsets = [run.position - run.first_step for run in runs]
-        self._rows = []
-        self._ahead = 1
+    def _speak(self) -> None:
+        """Lets everybody who has a speaker say a token."""
+        scored = ScoredRows(self._voice.model, self._batch.scores, len(self._batch.lanes))
+        for run in list(self._speaking.values()):
+            assert run.speaker is not None
+            if run.speaker.position >= run.end:
+                self._finish(run, run.reason)
+                continue
+            try:
+                token_id = run.speaker.say()
+            except MatcherError as error:
+                self._finish(run, EndReason.FAILED, str(error))
+                continue
+            if token_id is None:
+                self._finish(run, EndReason.END_OF_SEQUENCE)
+            elif token_id in run.request.stop_token_ids:
+                run.stop_token_id = token_id
+                self._finish(run, EndReason.STOP_TOKEN)
+            else:
+                self._batch.lanes.append(run.lane)
+                self._batch.token_ids.append(token_id)
+                scored.add(run.speaker.place, token_id, run.request.top_logprobs)
+                if run.speaker.position >= run.end:
+                    self._finish(run, run.reason)
+        self._batch.scores = scored.scores()
 
-    def _draw_ahead(self) -> None:
-        """Draws more steps each time: the longer nobody came or went, the longer nobody will."""
-        positions = [offset + self._step for offset in self._offsets]
-        self._rows = self._output.steps(self._bases, positions, self._ahead)
-        self._rows.reverse()
-        self._ahead = min(2 * self._ahead, max(1, AHEAD_TOKENS_MAX // len(self._lanes)))
-
-    def _finish(self, run: _Run, reason: EndReason) -> None:
+    def _finish(self, run: Run, reason: EndReason, message: str = "") -> None:
         run.is_over = True
         self._waiting_tokens -= run.prompt_left
-        if self._waiting.pop(run.lane, None) is None:
-            del self._running[run.lane]
+        if self._running.pop(run.lane, None) is not None:
             self._kv_reserved -= run.kv_tokens
+        for queue in (self._preparing, self._waiting, self._background, self._speaking):
+            queue.pop(run.lane, None)
         if self._decoding.pop(run.lane, None) is not None:
-            self._is_changed = True
+            self._columns.change()
         stop_token_id = run.stop_token_id if reason is EndReason.STOP_TOKEN else None
-        self._batch.ended.append(Ended(run.lane, reason, stop_token_id))
+        self._batch.ended.append(Ended(run.lane, reason, stop_token_id, message))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from services.worker import templates
 from services.worker.engine.sim_words import SUFFIXES, WORDS
 
 BYTE_COUNT = 256
@@ -28,12 +29,7 @@ _CONTROLS = re.compile("(" + "|".join(re.escape(text) for text in CONTROL_TOKENS
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _WHITE = ("  ", "    ", "        ", "\n\n", ", ", ". ", ": ")
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
+CHAT_TEMPLATE = templates.load("chatml_tools")
 
 
 def _texts() -> Iterator[str]:
@@ -73,7 +69,7 @@ class SimTokenizer:
 
     @property
     def chat_template(self) -> str:
-        """ChatML."""
+        """ChatML with tools and thinking."""
         return CHAT_TEMPLATE
 
     @property
@@ -82,9 +78,14 @@ class SimTokenizer:
         return {"bos_token": "", "eos_token": "<|im_end|>"}
 
     @property
-    def end_of_text_id(self) -> int:
-        """Id of <|end_of_text|>."""
-        return self._controls["<|end_of_text|>"]
+    def control_ids(self) -> tuple[int, ...]:
+        """Ids of the control tokens."""
+        return tuple(self._controls.values())
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids of the control tokens that end an output."""
+        return self._controls["<|im_end|>"], self._controls["<|end_of_text|>"]
 
     def id_of(self, text: str) -> int | None:
         """Returns the token that spells exactly this text, or None."""

@@ -5,28 +5,28 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maas.engine.v1 import engine_pb2, engine_service_pb2_grpc
 from maas.engine.v1 import engine_service_pb2 as engine_service_pb
-from maas.inference.v1 import generation_pb2
+from maas.inference.v1 import generation_pb2, scores_pb2
 
 from libs.clock import Clock, SystemClock
 from libs.process import Background
 from libs.rpc import Peer, Server
 from libs.testing.rpc import ANY_PORT, Callers, serving
-from services.worker.admission import Admission
-from services.worker.chat import ChatTemplate
-from services.worker.convert import info_to_pb
-from services.worker.engine.base import Engine
+from services.worker.adapters import Adapters
+from services.worker.assembly import assemble
+from services.worker.engine.base import Engine, Tokenizer
 from services.worker.engine.sim import FLAT_OUT, SimCosts, SimEngine
 from services.worker.engine.sim_tokenizer import SimTokenizer
-from services.worker.executions import Executions
-from services.worker.prompt import PromptBuilder
+from services.worker.executions import Executions, Limits
+from services.worker.model import TextSettings, make_model
+from services.worker.preparation import Preparation
 from services.worker.reports import Reports
-from services.worker.service import EngineService
 from services.worker.text import TokenPieces
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ CONTEXT_LENGTH = 512
 ABORT_WITHIN_S = 60.0
 PATIENCE_S = 10.0
 STEP_S = 0.01
+AS_THE_MODEL_SAYS = TextSettings()
 STEPWISE = SimCosts(
     prefill_tokens_per_s=0, prefill_chunk_tokens=1 << 20, decode_base_s=STEP_S, decode_per_lane_s=0
 )
@@ -65,6 +66,7 @@ class Worker:
         stub: of its service, with a gateway's credential through `peer`.
         peer: the gateway's connection.
         server: its listener.
+        tokenizer: of its model.
     """
 
     endpoint: str
@@ -75,12 +77,13 @@ class Worker:
     peer: Peer
     stub: Any
     server: Server
+    tokenizer: Tokenizer
 
     @asynccontextmanager
     async def gateway(self, *, grant: int = 1 << 16) -> AsyncIterator[Gateway]:
         """Opens a stream."""
         async with self.peer.both_ways(self.stub.ExecuteMany) as call:
-            gateway = Gateway(call)
+            gateway = Gateway(call, self.tokenizer)
             if grant:
                 await gateway.send(grant=grant)
             yield gateway
@@ -93,6 +96,11 @@ class Told:
     input_tokens: int | None = None
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
+    segments: list[engine_pb2.Segment] = field(default_factory=list)
+    reasoning_tokens: int = 0
+    scores: scores_pb2.TokenScores = field(default_factory=scores_pb2.TokenScores)
+    prompt_scores: list[scores_pb2.PromptScores] = field(default_factory=list)
+    cached_tokens: int | None = None
     ended: engine_pb2.Ended | None = None
 
     @property
@@ -115,9 +123,11 @@ class Told:
 class Gateway:
     """One ExecuteMany stream; checks the grammar of what it reads."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, tokenizer: Tokenizer = TOKENIZER) -> None:
         self.call = call
+        self.tokenizer = tokenizer
         self.told: dict[int, Told] = {}
+        self.first_lanes: dict[int, int] = {}
         self.messages: list[engine_pb2.StepEvents] = []
 
     async def send(
@@ -127,7 +137,9 @@ class Gateway:
         grant: int = 0,
     ) -> None:
         for execution in start:
-            self.told[execution.lane] = Told()
+            for lane in (execution.lane, *execution.more_lanes):
+                self.told[lane] = Told()
+                self.first_lanes[lane] = execution.lane
         await self.call.write(
             engine_service_pb.ExecuteManyRequest(start=start, abort_lanes=abort_lanes, grant=grant)
         )
@@ -154,35 +166,59 @@ class Gateway:
             told = self.told[accepted.lane]
             assert told.input_tokens is None
             told.input_tokens = accepted.input_tokens
-        counts = list(events.token_counts) or [1] * len(events.lanes)
-        assert len(counts) == len(events.lanes) == len(events.texts)
-        assert len(set(events.lanes)) == len(events.lanes)
-        assert sum(counts) == len(events.token_ids)
-        place = 0
-        for lane, count, text in zip(events.lanes, counts, events.texts, strict=True):
-            told = self.told[lane]
-            assert told.input_tokens is not None
-            assert told.ended is None
-            assert count > 0
-            token_ids = events.token_ids[place : place + count]
-            place += count
-            told.token_ids.extend(token_ids)
-            told.text += text
+        for prefilled in events.prefilled:
+            told = self.told[prefilled.lane]
+            assert told.cached_tokens is None
+            assert not told.token_ids
+            told.cached_tokens = prefilled.cached_tokens
+        for prompt in events.prompt_scores:
+            assert not self.told[prompt.lane].token_ids
+            self.told[prompt.lane].prompt_scores.append(prompt.scores)
+        self._take_rows(events)
         for ended in events.ended:
             told = self.told[ended.lane]
             assert told.ended is None
             told.ended = ended
         for lane in events.lanes:
             told = self.told[lane]
-            spelled = spell(told.token_ids)
+            if told.segments:
+                continue
+            spelled = spell(told.token_ids, self.tokenizer)
             if told.ended is not None and told.ended.end.stop_sequence:
                 assert spelled.startswith(told.text), "of the last token a part may be visible"
             else:
                 assert told.text == spelled, "text and tokens agree, always"
 
+    def _take_rows(self, events: engine_pb2.StepEvents) -> None:
+        counts = list(events.token_counts) or [1] * len(events.lanes)
+        assert len(counts) == len(events.lanes) == len(events.texts)
+        assert len(set(events.lanes)) == len(events.lanes)
+        assert sum(counts) == len(events.token_ids)
+        segments = {found.row: found for found in events.segments}
+        scores = {found.row: found.scores for found in events.scores}
+        place = 0
+        for row, (lane, count, text) in enumerate(
+            zip(events.lanes, counts, events.texts, strict=True)
+        ):
+            told = self.told[lane]
+            assert self.told[self.first_lanes[lane]].input_tokens is not None
+            assert told.ended is None
+            assert count > 0
+            token_ids = events.token_ids[place : place + count]
+            place += count
+            told.token_ids.extend(token_ids)
+            told.text += text
+            if row in segments:
+                assert not text
+                told.segments.extend(segments[row].segments)
+                told.reasoning_tokens += segments[row].reasoning_tokens
+            if row in scores:
+                assert scores[row].token_ids == token_ids
+                told.scores.MergeFrom(scores[row])
 
-def spell(token_ids: Sequence[int]) -> str:
-    return b"".join(map(TOKENIZER.token_bytes, token_ids)).decode("utf-8", "replace")
+
+def spell(token_ids: Sequence[int], tokenizer: Tokenizer = TOKENIZER) -> str:
+    return b"".join(map(tokenizer.token_bytes, token_ids)).decode("utf-8", "replace")
 
 
 def make_engine(clock: Clock, costs: SimCosts = FLAT_OUT) -> SimEngine:
@@ -201,50 +237,66 @@ async def running_worker(
     *,
     clock: Clock | None = None,
     engine: Engine | None = None,
+    tokenizer: Tokenizer = TOKENIZER,
     chat_template: str | None = None,
+    settings: TextSettings = AS_THE_MODEL_SAYS,
+    adapters_dir: Path | None = None,
     on_failure: Callable[[BaseException], None] | None = None,
 ) -> AsyncIterator[Worker]:
     """Runs a worker until the block is left."""
     clock = clock if clock is not None else SystemClock()
     engine = engine if engine is not None else make_engine(clock)
-    info = await engine.start()
     callers = Callers()
     methods = [f"{SERVICE.full_name}/{method.name}" for method in SERVICE.methods]
     server = Server(ANY_PORT, callers.identity({method: ["gateway"] for method in methods}))
-    source = TOKENIZER.chat_template if chat_template is None else chat_template
-    template = ChatTemplate(source, TOKENIZER.special_tokens, clock.now) if source else None
-    reports = Reports()
-    reports.open()
-    with ThreadPoolExecutor(1) as threads:
-        executions = Executions(
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(engine.stop)
+        info = await engine.start()
+        threads = stack.enter_context(ThreadPoolExecutor(1))
+        adapters = Adapters(
+            engine,
+            adapters_dir,
+            reads_files=adapters_dir is not None,
+            threads=threads,
+            load_within_s=PATIENCE_S,
+        )
+        model = make_model(
+            tokenizer,
+            info,
+            settings if chat_template is None else TextSettings(chat_template=chat_template),
+            bos_id=None,
+            has_adapters=True,
+            now=clock.now,
+        )
+        assembly = assemble(
             engine,
             info,
-            admission=Admission(info, PromptBuilder(TOKENIZER, PIECES, template), [MODEL_VERSION]),
-            pieces=PIECES,
-            reports=reports,
-            threads=threads,
+            model,
+            adapters=adapters,
+            preparation=Preparation(threads),
             clock=clock,
             worker=WORKER,
-            max_waiting=MAX_WAITING,
-            abort_within_s=ABORT_WITHIN_S,
+            versions=[MODEL_VERSION],
+            limits=Limits(max_waiting=MAX_WAITING, abort_within_s=ABORT_WITHIN_S),
         )
-        described = info_to_pb(info, model_versions=[MODEL_VERSION], max_waiting=MAX_WAITING)
-        server.add(EngineService(engine, executions, described), SERVICE)
-        async with serving(server) as endpoint, Background(on_failure) as background:
-            background.start(executions.pump(), name="pump")
-            background.start(executions.watch(), name="watch")
-            async with Peer(endpoint, callers.tokens["gateway"], [SERVICE]) as peer:
-                yield Worker(
-                    endpoint=endpoint,
-                    callers=callers,
-                    engine=engine,
-                    executions=executions,
-                    reports=reports,
-                    peer=peer,
-                    stub=engine_service_pb2_grpc.EngineServiceStub(peer.channel),
-                    server=server,
-                )
-            await engine.stop()
+        assembly.reports.open()
+        server.add(assembly.service, SERVICE)
+        endpoint = await stack.enter_async_context(serving(server))
+        background = await stack.enter_async_context(Background(on_failure))
+        background.start(assembly.executions.pump(), name="pump")
+        background.start(assembly.executions.watch(), name="watch")
+        peer = Peer(endpoint, callers.tokens["gateway"], [SERVICE])
+        yield Worker(
+            endpoint=endpoint,
+            callers=callers,
+            engine=engine,
+            executions=assembly.executions,
+            reports=assembly.reports,
+            peer=await stack.enter_async_context(peer),
+            stub=engine_service_pb2_grpc.EngineServiceStub(peer.channel),
+            server=server,
+            tokenizer=tokenizer,
+        )
 
 
 def execution(
@@ -264,6 +316,7 @@ def execution(
     model_version: str = MODEL_VERSION,
     charge_limit: engine_pb2.ChargeLimit | None = None,
     interval_s: float | None = None,
+    more_lanes: Sequence[int] = (),
 ) -> engine_pb2.Execution:
     """Makes an execution as a gateway would: everything is resolved."""
     made = engine_pb2.Execution(
@@ -277,7 +330,10 @@ def execution(
             max_output_tokens=tokens, stop_sequences=stops, stop_token_ids=stop_ids
         ),
         charge_limit=charge_limit,
+        more_lanes=more_lanes,
     )
+    if more_lanes:
+        made.output.count = 1 + len(more_lanes)
     if chat:
         made.chat.messages.extend(
             generation_pb2.ChatMessage(role=role, parts=[generation_pb2.ContentPart(text=content)])

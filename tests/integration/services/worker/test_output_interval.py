@@ -48,7 +48,7 @@ async def test_with_an_output_interval_only_the_first_token_and_the_end_leave_at
         await gateway.send(execution(1, tokens=12, stops=stops, interval_s=8 * STEP_S + 0.001))
         await gateway.read()
         await step(clock, gateway)
-        assert not worker.executions._routes.holding, "the rest is handed on as columns"
+        assert not worker.executions._delivery.routes.holding, "the rest is handed on as columns"
         # Five wait: the first of them is not yet old enough at the fifth.
         await elapse(clock, 5)
         assert len(gateway.messages) == 2

@@ -10,7 +10,7 @@ from maas.engine.v1 import engine_pb2
 from maas.inference.v1 import generation_pb2
 
 from libs.errors import Code
-from services.worker.admission import Work
+from services.worker.work import Work
 from tests.integration.services.worker.harness import (
     CONTEXT_LENGTH,
     TOKENIZER,
@@ -60,7 +60,44 @@ def without_messages(made: engine_pb2.Execution) -> None:
     made.chat.SetInParent()
 
 
+def with_more_at_least_than_at_most(made: engine_pb2.Execution) -> None:
+    made.stop.min_output_tokens = made.stop.max_output_tokens + 1
+
+
+def with_alternatives_alone(made: engine_pb2.Execution) -> None:
+    made.output.top_logprobs = 3
+
+
+def with_a_bias_on_nothing(made: engine_pb2.Execution) -> None:
+    made.sampling.logit_bias.update({5: 1.0, VOCABULARY: 1.0})
+
+
+def with_tools_beside_text(made: engine_pb2.Execution) -> None:
+    made.tools.tools.add(name="f")
+
+
+def with_a_salt_that_is_too_long(made: engine_pb2.Execution) -> None:
+    made.cache_salt = b"x" * 33
+
+
 REFUSALS = {
+    "more output at least than at most": Refusal(
+        execution=changed(with_more_at_least_than_at_most),
+        metadata={"field": "spec.stop.min_output_tokens"},
+    ),
+    "alternatives without log-probabilities": Refusal(
+        execution=changed(with_alternatives_alone), metadata={"field": "spec.output.top_logprobs"}
+    ),
+    "bias on a token that is not in the vocabulary": Refusal(
+        execution=changed(with_a_bias_on_nothing),
+        metadata={"field": f"spec.sampling.logit_bias[{VOCABULARY}]"},
+    ),
+    "tools beside a text": Refusal(
+        execution=changed(with_tools_beside_text), metadata={"field": "spec.tools"}
+    ),
+    "salt that is too long": Refusal(
+        execution=changed(with_a_salt_that_is_too_long), metadata={"field": "cache_salt"}
+    ),
     "unknown model version": Refusal(
         execution=execution(model_version="models/x/versions/1"),
         code=Code.NOT_FOUND,
@@ -93,7 +130,7 @@ REFUSALS = {
         execution=execution(chat=[(USER, "x")]),
         template="",
         reason="FEATURE_UNSUPPORTED",
-        metadata={"model": "models/sim/versions/1", "feature": "spec.chat"},
+        metadata={"model": "models/sim/versions/1", "feature": "chat"},
     ),
     "chat that the template refuses": Refusal(
         execution=execution(chat=[(USER, "x")]),
@@ -218,7 +255,7 @@ async def test_an_execution_id_that_runs_is_refused_and_goes_on() -> None:
         await eventually(lambda: not worker.executions.running_ids())
 
 
-@pytest.mark.parametrize("text", ["short", "long " * 2000])
+@pytest.mark.parametrize("text", ["short", "long " * 1200])
 async def test_a_defect_on_one_prompt_ends_only_that(
     text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

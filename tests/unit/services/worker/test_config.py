@@ -57,6 +57,8 @@ def test_costs_are_written_with_their_units(tmp_path: Path) -> None:
         ("capacity = 0", "capacity"),
         ('model_path = "x.gguf"', "model_path"),
         ("context_length = 1", "context_length"),
+        ('tool_parser = "xml"', "tool_parser"),
+        ('reasoning_parser = "thought"', "reasoning_parser"),
     ],
 )
 def test_wrong_values_are_refused_by_name(tmp_path: Path, line: str, key: str) -> None:

@@ -14,8 +14,7 @@ from services.worker.engine.base import (
 )
 from services.worker.engine.sim import FLAT_OUT, SimCosts, SimEngine
 from services.worker.engine.sim_tokenizer import SimTokenizer
-from services.worker.engines import Equipment, probe
-from services.worker.text import TokenPieces
+from services.worker.engines import probe
 
 TOKENIZER = SimTokenizer()
 
@@ -65,21 +64,3 @@ async def test_an_engine_that_fails_says_why(answer: Exception | Ended, said: st
 
     with pytest.raises(EngineStartError, match=said):
         await probe(engine, 5)
-
-
-class BadTemplate(SimTokenizer):
-    """Carries a template that is no Jinja2."""
-
-    @property
-    @override
-    def chat_template(self) -> str:
-        return "{% for %}"
-
-
-def test_a_model_with_a_broken_template_is_refused_at_start() -> None:
-    clock = SystemClock()
-    engine = SimEngine(clock, TOKENIZER, costs=FLAT_OUT, **sizes())
-    equipment = Equipment(engine=engine, tokenizer=BadTemplate(), bos_id=None)
-
-    with pytest.raises(EngineStartError, match="chat template"):
-        equipment.prompts(TokenPieces.of(TOKENIZER), clock.now)

@@ -6,15 +6,14 @@ import asyncio
 
 from hypothesis import given
 from hypothesis import strategies as st
-from maas.engine.v1 import engine_pb2
 
 from libs.testing import FakeClock
 from services.worker.routes import Route, Routes
-from services.worker.runs import UNLIMITED_S, Run, Stream
+from services.worker.runs import Place, Run, Stream
 
 
 def make_run(stream: Stream, lane: int, *, is_matching: bool = False) -> Run:
-    run = Run(engine_pb2.Execution(lane=lane), stream, UNLIMITED_S)
+    run = Run(Place(f"execution-{lane}"), stream, lane, 0.0)
     run.is_matching = is_matching
     return run
 

@@ -243,3 +243,20 @@ def test_priming_reads_only_the_end(size: int) -> None:
 
     release = text.push(ids(b"\x82\xacb")[0])
     assert (release.text, release.stop) == ("€b", None)
+
+
+@settings(deadline=None)
+@given(token_ids=tokens, sequences=stops)
+def test_a_stop_sequence_that_is_included_ends_what_is_shown(
+    token_ids: list[int], sequences: tuple[str, ...]
+) -> None:
+    without = naive(token_ids, sequences)
+
+    _, shown = collect(OutputText(PIECES, matcher_of(sequences), includes_stop=True), token_ids)
+
+    assert shown.stop == without.stop
+    assert shown.text == without.text + (without.stop or "")
+    data = b"".join(VOCABULARY[token_id] for token_id in token_ids)
+    assert shown.token_ids == (
+        without.token_ids if without.stop is None else visible(token_ids, data, len(shown.text))
+    )

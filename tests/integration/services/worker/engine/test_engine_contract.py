@@ -1,159 +1,26 @@
-"""The one contract that every engine fulfils. A new engine is a new row of `ENGINES`."""
+"""The one contract that every engine fulfils: the life of an execution."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import pytest
 
-from libs.clock import SystemClock
-from services.worker.engine.base import (
-    Ended,
-    EndReason,
-    Engine,
-    EngineDied,
-    EngineInfo,
-    EngineRequest,
-    Lane,
-    Sampling,
-    StepBatch,
+from services.worker.engine.base import Ended, EndReason, EngineDied, Sampling, StepBatch
+from tests.integration.services.worker.engine.contract import (
+    CAPACITY,
+    CONTEXT_LENGTH,
+    GREEDY,
+    PATIENCE_S,
+    PROMPT,
+    Harness,
+    Told,
+    ask,
+    eventually,
+    seeded,
 )
-from services.worker.engine.sim import FLAT_OUT, SimEngine
-from services.worker.engine.sim_tokenizer import SimTokenizer
-
-MODEL = Path(__file__).parents[5] / "services" / "worker" / "models" / "maas-tiny-story.gguf"
-CAPACITY = 3
-CONTEXT_LENGTH = 128
-PATIENCE_S = 20.0
-
-GREEDY = Sampling(temperature=0, top_p=1, top_k=0, seed=0)
-PROMPT = (72, 101, 108, 108, 111)
-
-
-def make_sim() -> Engine:
-    return SimEngine(
-        SystemClock(),
-        SimTokenizer(),
-        capacity=CAPACITY,
-        context_length=CONTEXT_LENGTH,
-        kv_tokens=CAPACITY * CONTEXT_LENGTH,
-        costs=FLAT_OUT,
-    )
-
-
-def make_llamacpp() -> Engine:
-    # Here, so that the other engines' tests run where its library does not.
-    from services.worker.engine.llamacpp import LlamaCppEngine  # noqa: PLC0415
-
-    return LlamaCppEngine(MODEL, capacity=CAPACITY, context_length=CONTEXT_LENGTH, threads=1)
-
-
-ENGINES: dict[str, Callable[[], Engine]] = {"sim": make_sim, "llamacpp": make_llamacpp}
-
-
-@dataclass
-class Told:
-    """What an engine told about one execution."""
-
-    token_ids: list[int] = field(default_factory=list)
-    ended: Ended | None = None
-    prefilled: int = 0
-    first_batch: int | None = None
-
-
-@dataclass
-class Harness:
-    """An engine, and all it told, checked batch by batch against the life of an execution."""
-
-    engine: Engine
-    info: EngineInfo
-    told: dict[Lane, Told] = field(default_factory=dict)
-    batches: int = 0
-
-    def submit(self, lane: Lane, request: EngineRequest) -> None:
-        self.told[lane] = Told()
-        self.engine.submit(lane, request)
-
-    async def step(self) -> StepBatch:
-        async with asyncio.timeout(PATIENCE_S):
-            batch = await self.engine.next_step()
-        self.take(batch)
-        return batch
-
-    def take(self, batch: StepBatch) -> None:
-        self.batches += 1
-        assert len(batch.lanes) == len(batch.token_ids)
-        for prefilled in batch.prefilled:
-            told = self.told[prefilled.lane]
-            assert told.ended is None
-            assert not told.token_ids
-            told.prefilled += 1
-            told.first_batch = self.batches
-        for lane, token_id in zip(batch.lanes, batch.token_ids, strict=True):
-            told = self.told[lane]
-            assert told.prefilled == 1
-            assert told.ended is None
-            assert 0 <= token_id < self.info.vocabulary_size
-            told.token_ids.append(token_id)
-        for ended in batch.ended:
-            told = self.told[ended.lane]
-            assert told.ended is None
-            told.ended = ended
-
-    async def until_ended(self, *lanes: Lane) -> None:
-        while any(self.told[lane].ended is None for lane in lanes):
-            await self.step()
-
-    async def run(self, lane: Lane, request: EngineRequest) -> tuple[list[int], Ended]:
-        self.submit(lane, request)
-        await self.until_ended(lane)
-        ended = self.told[lane].ended
-        assert ended is not None
-        return self.told[lane].token_ids, ended
-
-
-@pytest.fixture(params=list(ENGINES))
-async def harness(request: pytest.FixtureRequest) -> AsyncIterator[Harness]:
-    engine = ENGINES[request.param]()
-    info = await engine.start()
-    try:
-        yield Harness(engine, info)
-    finally:
-        async with asyncio.timeout(PATIENCE_S):
-            await engine.stop()
-
-
-def ask(
-    tokens: int,
-    *,
-    prompt: tuple[int, ...] = PROMPT,
-    continues: tuple[int, ...] = (),
-    stops: frozenset[int] = frozenset(),
-    sampling: Sampling = GREEDY,
-    ignore_eos: bool = True,
-) -> EngineRequest:
-    return EngineRequest(
-        prompt_ids=prompt,
-        continue_ids=continues,
-        max_output_tokens=tokens,
-        stop_token_ids=stops,
-        ignore_eos=ignore_eos,
-        sampling=sampling,
-    )
-
-
-def seeded(seed: int) -> Sampling:
-    return Sampling(temperature=1.0, top_p=1, top_k=0, seed=seed)
-
-
-async def eventually(condition: Callable[[], bool]) -> None:
-    """Load may be measured elsewhere and arrive a moment later."""
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():  # noqa: ASYNC110 - nothing tells when a measurement arrives
-            await asyncio.sleep(0.001)
 
 
 async def test_info_describes_what_was_asked_for(harness: Harness) -> None:

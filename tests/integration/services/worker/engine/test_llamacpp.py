@@ -15,8 +15,10 @@ import pytest_asyncio
 
 from libs.testing.eventually import eventually
 from services.worker.engine.base import (
+    ConstraintKind,
     Ended,
     EndReason,
+    EngineAbilities,
     EngineInfo,
     EngineLoad,
     EngineRequest,
@@ -121,6 +123,20 @@ async def test_the_engine_tells_what_it_is(bench: Bench) -> None:
         vocabulary_size=2048,
         digest=f"sha256:{digest}",
         is_deterministic=True,
+        abilities=EngineAbilities(
+            constraints=frozenset(ConstraintKind),
+            min_p=True,
+            penalties=True,
+            repetition_penalty=True,
+            logit_bias=True,
+            min_output_tokens=True,
+            ignore_eos=True,
+            max_top_logprobs=20,
+            prompt_logprobs=True,
+            adapters=True,
+            embedding_dimensions=256,
+            prompt_cache=True,
+        ),
     )
 
 

@@ -82,6 +82,17 @@ async def test_the_context_is_the_trained_length_when_none_is_asked_for() -> Non
     await engine.stop()
 
 
+async def test_a_child_of_another_version_refuses_to_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As after an update of the files under a running worker."""
+    monkeypatch.setattr("services.worker.engine.llamacpp.VERSION", 1)
+    engine = LlamaCppEngine(MODEL, capacity=1, threads=1)
+
+    with pytest.raises(EngineStartError, match="restart it"):
+        await engine.start()
+
+
 async def test_a_killed_child_is_noticed_within_a_second(engine: LlamaCppEngine) -> None:
     engine.submit(1, LONG)
     await engine.next_step()

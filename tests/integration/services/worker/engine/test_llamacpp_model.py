@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from services.worker.engine.base import EngineRequest, EngineStartError, Sampling
-from services.worker.engine.llamacpp_inflight import DecodeFailedError, InflightBatch
+from services.worker.engine.llamacpp_decoder import DecodeFailedError
+from services.worker.engine.llamacpp_inflight import InflightBatch
 from services.worker.engine.llamacpp_model import LlamaModel, ModelSettings
 from services.worker.engine.llamacpp_sampling import streams_of, uniform
 

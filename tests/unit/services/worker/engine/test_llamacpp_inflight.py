@@ -3,151 +3,27 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
-from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
 import pytest
 
-from services.worker.engine.base import Ended, EndReason, EngineRequest, Sampling, StepBatch
-from services.worker.engine.llamacpp_inflight import DecodeFailedError, InflightBatch
-from services.worker.engine.llamacpp_wire import Counters, FrameReader, pack_step, unpack_step
-
-SIZE = 61
-END = 60
-CAPACITY = 4
-CONTEXT = 40
-PREFILL = 8
-GREEDY = Sampling(temperature=0, top_p=1, top_k=0, seed=0)
-
-
-def next_id(history: list[int]) -> int:
-    """What the fake model says after some tokens; seldom its end token."""
-    return (sum((place + 1) * token for place, token in enumerate(history)) * 7 + 3) % SIZE
-
-
-def continued(prompt: tuple[int, ...], count: int) -> list[int]:
-    """The output of one lane that nothing ends."""
-    history = list(prompt)
-    for _ in range(count):
-        history.append(next_id(history))
-    return history[len(prompt) :]
-
-
-class FakeDecoder:
-    """Remembers what is in its KV cache and gives all weight to next_id of it.
-
-    Attributes:
-        histories: tokens of each slot.
-        steps: slots of each call's rows.
-        fails_on: slots whose rows make a call fail, halfway.
-        is_partial: whether part of a slot can be forgotten.
-        is_broken_for: slots that get no finite logits.
-    """
-
-    def __init__(self) -> None:
-        rows = CAPACITY + PREFILL
-        self.tokens = np.full(rows, -7, np.int32)
-        self.positions = np.full(rows, -7, np.int32)
-        self.slots = np.full(rows, -7, np.int32)
-        self.wanted = np.full(rows, -7, np.int8)
-        self.is_end = np.arange(SIZE) == END
-        self.histories: dict[int, list[int]] = defaultdict(list)
-        self.steps: list[list[int]] = []
-        self.fails_on: set[int] = set()
-        self.is_broken_for: set[int] = set()
-        self.is_partial = True
-
-    def decode(self, rows: int) -> npt.NDArray[np.float32]:
-        slots = self.slots[:rows].tolist()
-        assert 1 <= rows <= CAPACITY + PREFILL
-        assert slots == sorted(slots)
-        assert set(slots) <= set(range(CAPACITY))
-        self.steps.append(slots)
-        logits = []
-        for row, slot in enumerate(slots):
-            if slot in self.fails_on:
-                raise DecodeFailedError("no room")
-            assert self.positions[row] == len(self.histories[slot])
-            self.histories[slot].append(int(self.tokens[row]))
-            if self.wanted[row]:
-                logits.append(self.logits_of(slot))
-        return np.array(logits, np.float32).reshape(-1, SIZE)
-
-    def logits_of(self, slot: int) -> npt.NDArray[np.float32]:
-        if slot in self.is_broken_for:
-            return np.full(SIZE, np.nan, np.float32)
-        logits = np.full(SIZE, -50, np.float32)
-        logits[next_id(self.histories[slot])] = 50
-        return logits
-
-    def forget(self, slot: int, start: int) -> bool:
-        if start and not self.is_partial:
-            return False
-        del self.histories[slot][start:]
-        return True
-
-
-@dataclass
-class World:
-    """A batch over the fake decoder, and all it reported."""
-
-    decoder: FakeDecoder = field(default_factory=FakeDecoder)
-    outputs: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
-    ended: dict[int, Ended] = field(default_factory=dict)
-    prefilled: list[int] = field(default_factory=list)
-    counters: Counters = field(default_factory=Counters)
-
-    def __post_init__(self) -> None:
-        self.batch = InflightBatch(
-            self.decoder, capacity=CAPACITY, context_length=CONTEXT, prefill_tokens=PREFILL
-        )
-
-    def step(self) -> None:
-        self.batch.step()
-        self.report()
-
-    def report(self) -> None:
-        ((_, body),) = FrameReader().feed(pack_step(*self.batch.take_report()))
-        told = StepBatch()
-        self.counters = unpack_step(body, told)
-        self.prefilled += [event.lane for event in told.prefilled]
-        for lane, token_id in zip(told.lanes, told.token_ids, strict=True):
-            assert lane in self.prefilled
-            assert lane not in self.ended
-            self.outputs[lane].append(token_id)
-        for ended in told.ended:
-            assert ended.lane not in self.ended
-            self.ended[ended.lane] = ended
-
-    def run(self) -> None:
-        while not self.batch.is_idle:
-            self.step()
-        self.report()
+from services.worker.engine.base import Ended, EndReason, EngineRequest
+from services.worker.engine.llamacpp_decoder import DecodeFailedError
+from services.worker.engine.llamacpp_wire import Counters
+from tests.unit.services.worker.engine.llamacpp_world import (
+    CAPACITY,
+    CONTEXT,
+    END,
+    SIZE,
+    FakeDecoder,
+    World,
+    ask,
+    continued,
+)
 
 
 @pytest.fixture
 def world() -> World:
     return World()
-
-
-def ask(
-    prompt: tuple[int, ...],
-    tokens: int,
-    *,
-    continues: tuple[int, ...] = (),
-    stops: frozenset[int] = frozenset(),
-    ignore_eos: bool = True,
-) -> EngineRequest:
-    return EngineRequest(
-        prompt_ids=prompt,
-        continue_ids=continues,
-        max_output_tokens=tokens,
-        stop_token_ids=stops,
-        ignore_eos=ignore_eos,
-        sampling=GREEDY,
-    )
 
 
 def test_lanes_in_company_get_the_tokens_they_get_alone(world: World) -> None:
@@ -161,7 +37,7 @@ def test_lanes_in_company_get_the_tokens_they_get_alone(world: World) -> None:
     assert {ended.reason for ended in world.ended.values()} == {EndReason.MAX_TOKENS}
 
 
-def test_the_lowest_free_slot_is_taken_and_rows_go_by_slot(world: World) -> None:
+def test_slots_next_to_those_in_use_are_taken_and_rows_go_by_slot(world: World) -> None:
     for lane in range(4):
         world.batch.submit(lane, ask((1, 2), 20))
     world.step()
@@ -171,10 +47,10 @@ def test_the_lowest_free_slot_is_taken_and_rows_go_by_slot(world: World) -> None
     world.batch.abort(0)
     world.batch.submit(10, ask((5, 6, 7), 20))
     world.step()
-    assert world.decoder.steps[-1] == [0, 0, 0, 1, 3]
+    assert world.decoder.steps[-1] == [1, 2, 2, 2, 3]
 
     world.step()
-    assert world.decoder.steps[-1] == [0, 1, 3]
+    assert world.decoder.steps[-1] == [1, 2, 3]
 
 
 def test_long_prompts_are_prefilled_in_chunks_oldest_first(world: World) -> None:
@@ -357,9 +233,9 @@ def test_a_failed_step_fails_only_the_lanes_that_fail_alone(world: World) -> Non
     assert world.outputs[3] == continued(tuple(range(1, 13)), 9)
 
 
-def test_a_step_that_cannot_be_taken_back_fails_its_lanes(world: World) -> None:
+def test_a_step_that_cannot_be_taken_back_fails_its_lanes() -> None:
     """Models with a recurrent memory can only forget whole sequences."""
-    world.decoder.is_partial = False
+    world = World(FakeDecoder(is_partial=False))
     world.batch.submit(0, ask((1,), 9))
     world.batch.submit(1, ask((2,), 9))
     world.step()
@@ -407,7 +283,6 @@ def test_slots_are_all_free_after_submits_aborts_and_failures_at_random(seed: in
         whole = world.ended[lane].reason not in {EndReason.ABORTED, EndReason.FAILED}
         assert world.outputs[lane] == (tokens if whole else tokens[: len(world.outputs[lane])])
     assert world.counters == Counters()
-    assert not any(world.decoder.histories.values())
     for lane in range(1000, 1000 + CAPACITY):
         world.batch.submit(lane, ask((1,), 2))
     world.step()

@@ -28,6 +28,10 @@ KINDS = [
     Sampling(temperature=1, top_p=0.9, top_k=1, seed=7),
     Sampling(temperature=1, top_p=0, top_k=0, seed=8),
     Sampling(temperature=1e-9, top_p=0.99, top_k=0, seed=9),
+    Sampling(temperature=1.5, top_p=1, top_k=0, seed=10, min_p=0.2),
+    Sampling(temperature=0.9, top_p=0.8, top_k=50, seed=11, min_p=0.1),
+    Sampling(temperature=1.3, top_p=0.9, top_k=0, seed=12, min_p=0.05),
+    Sampling(temperature=1, top_p=1, top_k=20, seed=13, min_p=0.5),
 ]
 
 
@@ -58,6 +62,8 @@ def reference(logits: Floats, sampling: Sampling, number: float) -> int:
             break
         nucleus.append(token)
         reached += weight[token]
+    nucleus = [token for token in nucleus if weight[token] >= np.float32(sampling.min_p)]
+    reached = sum(weight[token] for token in nucleus)
     running = 0.0
     for token in sorted(nucleus):
         running += weight[token]

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import array
 import itertools
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.worker.engine.base import (
+    Adapter,
+    Constraint,
+    ConstraintKind,
     Ended,
     EndReason,
     EngineRequest,
@@ -17,6 +22,7 @@ from services.worker.engine.base import (
     Sampling,
     StepBatch,
 )
+from services.worker.engine.llamacpp_scores import RawRows, ScoreBlock, to_scores
 from services.worker.engine.llamacpp_wire import (
     Counters,
     FrameReader,
@@ -24,10 +30,18 @@ from services.worker.engine.llamacpp_wire import (
     Report,
     pack_abort,
     pack_control,
+    pack_drop_embed,
+    pack_embed,
+    pack_embedded,
+    pack_residents,
     pack_step,
     pack_submit,
     unpack_abort,
     unpack_control,
+    unpack_drop_embed,
+    unpack_embed,
+    unpack_embedded,
+    unpack_residents,
     unpack_step,
     unpack_submit,
 )
@@ -41,6 +55,20 @@ SAMPLINGS = st.builds(
     top_p=st.floats(0, 1),
     top_k=st.integers(0, 2**31 - 1),
     seed=st.integers(0, 2**64 - 1),
+    min_p=st.just(0.0) | st.floats(0, 1),
+    frequency_penalty=st.just(0.0) | st.floats(-2, 2),
+    presence_penalty=st.just(0.0) | st.floats(-2, 2),
+    repetition_penalty=st.just(1.0) | st.floats(0.01, 10),
+    logit_bias=st.dictionaries(TOKEN_IDS, st.floats(-100, 100), max_size=3).map(
+        lambda biases: tuple(sorted(biases.items()))
+    ),
+)
+TEXTS = st.text(max_size=9)
+CONSTRAINTS = st.builds(
+    Constraint, kind=st.sampled_from(ConstraintKind), source=TEXTS, grammar=TEXTS
+)
+ADAPTERS = st.builds(
+    Adapter, name=TEXTS, path=st.none() | st.just(Path("/some/ä.gguf")), digest=TEXTS
 )
 REQUESTS = st.builds(
     EngineRequest,
@@ -50,6 +78,20 @@ REQUESTS = st.builds(
     stop_token_ids=st.frozensets(TOKEN_IDS, max_size=3),
     ignore_eos=st.booleans(),
     sampling=SAMPLINGS,
+    min_output_tokens=st.sampled_from([0, 7]),
+    constraint=st.none() | CONSTRAINTS,
+    top_logprobs=st.none() | st.integers(0, 20),
+    prompt_logprobs=st.booleans(),
+    adapter=st.none() | ADAPTERS,
+    cache_salt=st.binary(max_size=40),
+    reads_cache=st.booleans(),
+    is_background=st.booleans(),
+)
+PLAIN = EngineRequest(
+    prompt_ids=(1, 2),
+    max_output_tokens=1,
+    cache_salt=b"salt",
+    sampling=Sampling(temperature=1, top_p=1, top_k=0, seed=0),
 )
 ENDS = st.builds(
     Ended,
@@ -138,12 +180,76 @@ def test_numbers_beyond_their_columns_become_what_means_the_same() -> None:
     assert got.sampling.seed == 2**64 - 1
 
 
-def test_columns_that_do_not_fit_their_counts_are_refused() -> None:
-    request = EngineRequest(
-        prompt_ids=(1, 2),
-        max_output_tokens=1,
-        sampling=Sampling(temperature=1, top_p=1, top_k=0, seed=0),
-    )
-
+@pytest.mark.parametrize("missing", [1, 4, 9])
+def test_columns_that_do_not_fit_their_counts_are_refused(missing: int) -> None:
     with pytest.raises(ValueError, match="do not fit"):
-        unpack_submit(body_of(pack_submit(0, request))[:-4])
+        unpack_submit(body_of(pack_submit(0, PLAIN))[:-missing])
+
+
+def test_a_plain_request_carries_no_text_behind_its_salt() -> None:
+    assert body_of(pack_submit(0, PLAIN)).endswith(b"salt")
+
+
+def test_broken_extras_are_refused_without_showing_them() -> None:
+    body = body_of(pack_submit(0, PLAIN)) + b'{"constraint": ["regex", "what a tenant wrote'
+
+    with pytest.raises(ValueError, match="malformed") as failure:
+        unpack_submit(body)
+
+    assert "tenant" not in str(failure.value)
+    assert failure.value.__suppress_context__
+
+
+def block_of(rows: int, top: int) -> ScoreBlock:
+    logits = np.random.default_rng(rows).normal(size=(rows, 30)).astype(np.float32)
+    return RawRows(logits, [top] * rows).score(np.arange(rows), np.arange(rows))
+
+
+def test_scores_arrive_beside_their_rows_and_prompts_in_parts() -> None:
+    first, second, prompt = block_of(2, 3), block_of(1, 1), block_of(4, 2)
+    report = Report(
+        lanes=array.array("q", [5, 6]).tobytes(),
+        token_ids=array.array("i", [1, 2]).tobytes(),
+        ended=[Ended(5, EndReason.FAILED, None, "why")],
+        scores=[first],
+        prompt_scores=[(6, 0, prompt), (6, 4, second)],
+    )
+    batch = StepBatch(lanes=[9], token_ids=[8])
+
+    unpack_step(body_of(pack_step(Counters(), report)), batch)
+
+    assert batch.scores is not None
+    assert np.isnan(batch.scores.logprobs[0])
+    assert batch.scores.logprobs[1:] == first.logprobs.tolist()
+    assert batch.scores.top_token_ids[3:] == first.top_token_ids.ravel().tolist()
+    assert [(part.lane, part.offset) for part in batch.prompt_scores] == [(6, 0), (6, 4)]
+    assert [part.scores for part in batch.prompt_scores] == [to_scores(prompt), to_scores(second)]
+    assert batch.ended[0].message == "why"
+
+
+@given(
+    job=st.integers(0, 2**32 - 1),
+    inputs=st.lists(st.lists(TOKEN_IDS, max_size=5).map(tuple), max_size=4),
+)
+def test_what_is_to_be_embedded_arrives_as_it_was_sent(
+    job: int, inputs: list[tuple[int, ...]]
+) -> None:
+    assert unpack_embed(body_of(pack_embed(job, inputs))) == (job, inputs)
+    assert unpack_drop_embed(body_of(pack_drop_embed(job))) == job
+
+
+def test_vectors_arrive_as_they_were_sent_and_so_does_a_refusal() -> None:
+    vectors = np.random.default_rng(1).normal(size=(3, 5)).astype(np.float32)
+
+    job, got = unpack_embedded(body_of(pack_embedded(7, vectors)))
+
+    assert job == 7
+    assert isinstance(got, np.ndarray)
+    assert got.tobytes() == vectors.tobytes()
+    assert got.shape == (3, 5)
+    assert unpack_embedded(body_of(pack_embedded(8, "zu groß"))) == (8, "zu groß")
+
+
+@pytest.mark.parametrize("names", [(), ("adapters/a",), ("adapters/a", "adapters/b")])
+def test_names_of_adapters_arrive_as_they_were_sent(names: tuple[str, ...]) -> None:
+    assert unpack_residents(body_of(pack_residents(names))) == names
