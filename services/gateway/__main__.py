@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 from contextlib import AsyncExitStack
 
-from maas.inference.v1 import generation_service_pb2
+from maas.inference.v1 import (
+    embedding_service_pb2,
+    generation_service_pb2,
+    tokenization_service_pb2,
+)
 
 from libs import process
 from libs.clock import SystemClock
@@ -17,9 +22,11 @@ from services.gateway import clients
 from services.gateway.config import Config
 from services.gateway.gateway import Gateway
 from services.gateway.journal import Journal, JournalBusy
-from services.gateway.service import GenerationService
+from services.gateway.service import EmbeddingService, GenerationService, TokenizationService
 
-SERVICE = generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"]
+GENERATIONS = generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"]
+TOKENIZATION = tokenization_service_pb2.DESCRIPTOR.services_by_name["TokenizationService"]
+EMBEDDINGS = embedding_service_pb2.DESCRIPTOR.services_by_name["EmbeddingService"]
 
 
 async def main(config: Config) -> None:
@@ -47,19 +54,28 @@ async def main(config: Config) -> None:
             background=background,
             keys=keys,
             clock=clock,
+            cache_secret=_cache_secret(config),
         )
         start = background.start
         start(clients.follow_offerings(catalog, gateway.offerings), name="follow offerings")
+        start(clients.follow_adapters(catalog, gateway.adapters), name="follow adapters")
         start(clients.follow_prices(billing, gateway.prices), name="follow prices")
         start(
             clients.follow_workers(scheduler, gateway.workers, gateway.links),
             name="follow workers",
         )
         await gateway.start()
-        server.add(GenerationService(gateway.generations), SERVICE)
+        server.add(GenerationService(gateway.generations, gateway.quotes), GENERATIONS)
+        server.add(TokenizationService(gateway.tokenization), TOKENIZATION)
+        server.add(EmbeddingService(gateway.embeddings), EMBEDDINGS)
         await server.start()
-        await server.serve(drain=gateway.generations.drain, abandon=gateway.generations.stop)
+        await server.serve(drain=gateway.drain, abandon=gateway.generations.stop)
         await gateway.finish()
+
+
+def _cache_secret(config: Config) -> bytes:
+    file = config.gateway.cache_secret_file
+    return read_secret(file).encode() if file is not None else secrets.token_bytes(32)
 
 
 def _open_journal(config: Config) -> Journal:

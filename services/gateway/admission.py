@@ -1,8 +1,8 @@
 """Admission: from a request to a generation that a worker has accepted.
 
-In order: offering, price, input, hold, place; meanwhile billing is asked whether the idempotency
-key was charged before. Nothing is journaled, charged or sent to the client before a worker has
-accepted; until then every failure leaves no trace.
+In order: what can be checked (checks.py), hold, place; meanwhile billing is asked whether the
+idempotency key was charged before. Nothing is journaled, charged or sent to the client before a
+worker has accepted; until then every failure leaves no trace.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from libs.auth import Principal
 from libs.errors import (
     AlreadyExists,
     FailedPrecondition,
-    FieldRule,
     InvalidArgument,
     Reason,
     Unauthenticated,
-    Violation,
-    invalid_field,
 )
 from libs.units import CURRENCY
-from services.gateway import convert
+from services.gateway import convert, forms, spec_rules
 from services.gateway.attempts import Attempts
-from services.gateway.domain import Charged, Offering, Opening, Price, prompt_bound
+from services.gateway.books import Books
+from services.gateway.checks import Checked, Checks
+from services.gateway.domain import Charged, Opening
 from services.gateway.placement import Placed, Placer
-from services.gateway.replay import UNBOUNDED, Budget, ReplayLog
-from services.gateway.running import Books, Generation, Terms, Times, engine_failure
+from services.gateway.replay import Budget
+from services.gateway.running import Generation, engine_failure
+from services.gateway.salt import Salts
 from services.gateway.slices import Hold
-from services.gateway.tables import Offerings, Prices
+from services.gateway.terms import Terms, Times
 
 SEED_BITS = 64
 ULID_BITS = 80
@@ -97,10 +97,8 @@ class Rules:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Admitted:
-    offering: Offering
-    price: Price
+    checked: Checked
     hold: Hold
-    max_output_tokens: int
 
 
 class Admission:
@@ -113,9 +111,9 @@ class Admission:
         rules: Rules,
         books: Books,
         budget: Budget,
-        offerings: Offerings,
-        prices: Prices,
+        checks: Checks,
         placer: Placer,
+        salts: Salts,
         find_charged: FindCharged,
         is_revoked: Callable[[str], bool],
         random_bits: Callable[[int], int],
@@ -125,9 +123,9 @@ class Admission:
         self._books = books
         self._clock = books.clock
         self._budget = budget
-        self._offerings = offerings
-        self._prices = prices
+        self._checks = checks
         self._placer = placer
+        self._salts = salts
         self._find_charged = find_charged
         self._is_revoked = is_revoked
         self._random_bits = random_bits
@@ -155,24 +153,11 @@ class Admission:
     ) -> Generation:
         start_time = self._clock.now()
         generation_id = f"gen_{self._instance}_{ids.ulid(start_time, self._random_bits(ULID_BITS))}"
-        sampling = asked.spec.sampling
+        spec, checked = asked.spec, admitted.checked
+        sampling = spec.sampling
         seed = sampling.seed if sampling.HasField("seed") else self._random_bits(SEED_BITS)
-        attempts = Attempts(
-            placer=self._placer,
-            clock=self._clock,
-            execution=convert.execution_to_pb(
-                asked.spec,
-                admitted.offering,
-                admitted.price,
-                seed=seed,
-                max_output_tokens=admitted.max_output_tokens,
-                interval_s=UNARY_INTERVAL_S if asked.is_unary else asked.interval_s,
-            ),
-            generation_id=generation_id,
-            project=asked.project,
-            queue_wait_s=self._rules.queue_wait_s,
-            deadline_s=asked.deadline_s,
-        )
+        form = forms.form_of(spec, checked)
+        attempts = self._attempts(asked, checked, form, generation_id, seed)
         placed = await attempts.first()
         try:
             if charged is not None:
@@ -180,8 +165,7 @@ class Admission:
             self.require_key(asked)
             most = self._fit(asked, admitted, placed)
             is_kept = asked.lives_on or bool(asked.request_id)
-            has_log = is_kept or asked.is_unary
-            return Generation(
+            return form.generation(
                 books=self._books,
                 opening=Opening(
                     generation_id=generation_id,
@@ -189,37 +173,67 @@ class Admission:
                     account=asked.account,
                     project=asked.project,
                     api_key=f"apiKeys/{asked.principal.key_id}",
-                    offering=admitted.offering.name,
-                    model_version=admitted.offering.model_version,
-                    price=admitted.price.name,
+                    offering=checked.offering.name,
+                    model_version=checked.offering.model_version,
+                    price=checked.price.name,
                     input_tokens=placed.input_tokens,
                     start_time=start_time,
                     request_id=asked.request_id,
                     request_sha256=asked.request_sha256,
+                    labels=dict(spec.labels),
+                    end_user=spec.end_user,
                 ),
                 terms=Terms(
-                    price=admitted.price,
+                    price=checked.price,
                     max_output_tokens=most,
                     seed=seed,
-                    with_ids=asked.spec.output.return_token_ids,
+                    with_ids=spec.output.return_token_ids,
                     lives_on=asked.lives_on,
                     is_kept=is_kept,
+                    is_unary=asked.is_unary,
+                    is_exact=form.is_exact,
                 ),
                 hold=admitted.hold,
                 attempts=attempts,
                 placed=placed,
                 times=Times(arrived_s=asked.arrived_s, accepted_s=self._clock.monotonic_s()),
-                log=self._new_log(asked) if has_log else None,
+                budget=self._budget,
+                replay_bytes_max=self._rules.replay_bytes_max,
                 on_end=on_end,
             )
         except BaseException:
             placed.abort()
             raise
 
-    def _new_log(self, asked: Asked) -> ReplayLog:
-        # A whole result is charged, so it has to be there: max_output_tokens bound it.
-        bytes_max = UNBOUNDED if asked.is_unary else self._rules.replay_bytes_max
-        return ReplayLog(self._budget, bytes_max)
+    def _attempts(
+        self, asked: Asked, checked: Checked, form: forms.Form, generation_id: str, seed: int
+    ) -> Attempts:
+        spec = asked.spec
+        tenant = (asked.principal.organization, asked.principal.project)
+        limit_s = spec_rules.max_duration_s(spec)
+        return Attempts(
+            placer=self._placer,
+            clock=self._clock,
+            execution=convert.execution_to_pb(
+                spec,
+                checked.offering,
+                checked.price,
+                seed=seed,
+                max_output_tokens=checked.max_output_tokens,
+                interval_s=UNARY_INTERVAL_S if asked.is_unary else asked.interval_s,
+                adapter=checked.adapter,
+                cache_salt=self._salts.cache_salt(*tenant, spec.cache.salt),
+            ),
+            generation_id=generation_id,
+            project=asked.project,
+            queue_wait_s=self._rules.queue_wait_s,
+            deadline_s=asked.deadline_s,
+            time_limit_s=None if limit_s is None else asked.arrived_s + limit_s,
+            affinity=self._salts.affinity(
+                *tenant, key=spec.cache.affinity_key, adapter=spec.adapter
+            ),
+            new_sink=form.new_sink,
+        )
 
     async def _find(self, project: str, request_id: str) -> Charged | None:
         # Asked in this order nothing falls in between: what has left the queue is durable.
@@ -237,46 +251,31 @@ class Admission:
 
     async def _hold(self, asked: Asked) -> _Admitted:
         """Checks the request and holds the most that it can cost."""
-        spec = asked.spec
-        if spec.WhichOneof("input") is None:
-            raise invalid_field(
-                "spec.input", FieldRule.REQUIRED, "chat, text or tokens is required"
-            )
-        offering = self._offerings.get(spec.model)
-        price = self._prices.get(offering.name, self._clock.now())
-        max_output_tokens = _max_output_tokens(spec, offering)
-        most: int = price.charge(
-            input_tokens=prompt_bound(convert.prompt_size(spec), offering),
-            output_tokens=max_output_tokens,
-        )
-        if spec.HasField("max_charge"):
-            _check_max_charge(spec)
-            most = min(most, spec.max_charge.nanos)
-        hold = await self._books.slices.reserve(asked.account, most)
-        return _Admitted(
-            offering=offering, price=price, hold=hold, max_output_tokens=max_output_tokens
-        )
+        checked = self._checks.check(asked.spec, asked.project)
+        hold = await self._books.slices.reserve(asked.account, checked.most)
+        return _Admitted(checked=checked, hold=hold)
 
     def _fit(self, asked: Asked, admitted: _Admitted, placed: Placed) -> int:
         """Adjusts the hold to the exact prompt: the surplus goes back at once.
 
         Returns:
-            The most output tokens that there can be.
+            The most output tokens that there can be, of all outputs together.
 
         Raises:
             Internal: the worker has accepted a prompt that leaves no room below max_charge.
             FailedPrecondition: the prompt is larger than its bound and the rest is not there. Only
                 a template that adds more than its model version says can do that.
         """
-        most = admitted.max_output_tokens
+        checked = admitted.checked
+        price, most = checked.price, checked.count * checked.max_output_tokens
         if asked.spec.HasField("max_charge"):
             # The worker ends the output there; this is what it is held to.
-            most = admitted.price.affordable(
+            most = price.affordable(
                 nanos=asked.spec.max_charge.nanos, input_tokens=placed.input_tokens, at_most=most
             )
             if most < 1:
                 raise engine_failure(placed.link.worker)
-        exact = admitted.price.charge(input_tokens=placed.input_tokens, output_tokens=most)
+        exact = price.charge(input_tokens=placed.input_tokens, output_tokens=most)
         hold = admitted.hold
         if exact <= hold.nanos:
             self._books.slices.shrink(hold, exact)
@@ -352,33 +351,3 @@ def _refuse_repeat(asked: Asked, charged: Charged | None) -> None:
             "currency": CURRENCY,
         },
     )
-
-
-def _max_output_tokens(spec: generation_pb2.GenerationSpec, offering: Offering) -> int:
-    if not spec.stop.HasField("max_output_tokens"):
-        return min(offering.default_max_output_tokens, offering.context_length)
-    wanted = spec.stop.max_output_tokens
-    if wanted > offering.context_length:
-        raise invalid_field(
-            "spec.stop.max_output_tokens",
-            FieldRule.OUT_OF_RANGE,
-            f"must be at most {offering.context_length}, the context of {offering.name}",
-        )
-    return wanted
-
-
-def _check_max_charge(spec: generation_pb2.GenerationSpec) -> None:
-    limit = spec.max_charge
-    if limit.currency_code != CURRENCY:
-        raise InvalidArgument(
-            f"spec.max_charge: prices are in {CURRENCY}",
-            reason=Reason.CURRENCY_MISMATCH,
-            metadata={"left": limit.currency_code, "right": CURRENCY},
-            violations=[
-                Violation(
-                    "spec.max_charge.currency_code", FieldRule.OUT_OF_RANGE, f"must be {CURRENCY}"
-                )
-            ],
-        )
-    if limit.nanos <= 0:
-        raise invalid_field("spec.max_charge.nanos", FieldRule.OUT_OF_RANGE, "must be above 0")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -10,6 +10,7 @@ from maas.engine.v1 import engine_pb2
 
 from libs.clock import Clock
 from libs.errors import (
+    DeadlineExceeded,
     FieldRule,
     InvalidArgument,
     Reason,
@@ -19,11 +20,16 @@ from libs.errors import (
 )
 from services.gateway import convert
 from services.gateway.placement import Placed, Placer, Wanted
+from services.gateway.rich import AnySink
 
 log = structlog.get_logger(__name__)
 
 RETRY_S = 0.1
 RETRY_MAX_S = 1.0
+_RULES = {
+    Reason.CONTEXT_LENGTH_EXCEEDED: FieldRule.TOO_LONG,
+    Reason.FEATURE_UNSUPPORTED: FieldRule.UNSUPPORTED,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +44,9 @@ class Attempts:
         project: "projects/{project}", for fairness.
         queue_wait_s: longest wait for a place, each time.
         deadline_s: monotonic end of the generation; None for none.
+        time_limit_s: monotonic time at which the output ends well; None for none.
+        affinity: requests with equal bytes prefer the same worker.
+        new_sink: makes where the events of the first attempt arrive.
     """
 
     placer: Placer
@@ -47,6 +56,9 @@ class Attempts:
     project: str
     queue_wait_s: float
     deadline_s: float | None
+    time_limit_s: float | None
+    affinity: bytes
+    new_sink: Callable[[], AnySink]
 
     async def first(self) -> Placed:
         """Places it.
@@ -54,15 +66,23 @@ class Attempts:
         Raises:
             MaasError: what the last worker or the scheduler said.
         """
-        return await self._place((), frozenset())
+        return await self._place((), frozenset(), self._max_wait_s(), self.new_sink)
 
-    async def again(self, token_ids: Sequence[int], lost: str, give_up_s: float) -> Placed:
+    async def again(
+        self,
+        token_ids: Sequence[int],
+        lost: str,
+        give_up_s: float,
+        *,
+        new_sink: Callable[[], AnySink],
+    ) -> Placed:
         """Places it behind its output so far, on another worker or on the same one restarted.
 
         Args:
             token_ids: output so far.
             lost: "workers/{worker}" that was lost; left out the first time.
             give_up_s: monotonic; workers that are all lost have until then to come back.
+            new_sink: makes where the events of an attempt arrive.
 
         Raises:
             MaasError: what was said last.
@@ -71,7 +91,7 @@ class Attempts:
         retry_s = RETRY_S
         while True:
             try:
-                return await self._place(token_ids, excluded)
+                return await self._place(token_ids, excluded, self.queue_wait_s, new_sink)
             except (Unavailable, ResourceExhausted) as error:
                 if self.clock.monotonic_s() + retry_s >= give_up_s:
                     raise
@@ -85,7 +105,28 @@ class Attempts:
             await self.clock.sleep_s(retry_s)
             retry_s = min(2 * retry_s, RETRY_MAX_S)
 
-    async def _place(self, token_ids: Sequence[int], excluded: frozenset[str]) -> Placed:
+    def _max_wait_s(self) -> float:
+        """Returns the longest wait for a place; output that must have ended needs none.
+
+        Raises:
+            DeadlineExceeded: QUEUE_TIMEOUT, the time is over.
+        """
+        if self.time_limit_s is None:
+            return self.queue_wait_s
+        left_s = self.time_limit_s - self.clock.monotonic_s()
+        if left_s <= 0:
+            raise DeadlineExceeded(
+                "no place became free within max_duration", reason=Reason.QUEUE_TIMEOUT
+            )
+        return min(self.queue_wait_s, left_s)
+
+    async def _place(
+        self,
+        token_ids: Sequence[int],
+        excluded: frozenset[str],
+        max_wait_s: float,
+        new_sink: Callable[[], AnySink],
+    ) -> Placed:
         def make(execution_id: str, epoch: int) -> engine_pb2.Execution:
             attempt = engine_pb2.Execution()
             attempt.CopyFrom(self.execution)
@@ -95,14 +136,22 @@ class Attempts:
             if self.deadline_s is not None:
                 left_s = max(self.deadline_s - self.clock.monotonic_s(), 0.001)
                 attempt.budget.CopyFrom(convert.duration_to_pb(left_s))
+            if self.time_limit_s is not None:
+                # What has used up its time meanwhile ends well all the same, and at once.
+                left_s = max(self.time_limit_s - self.clock.monotonic_s(), 0.001)
+                attempt.time_limit.CopyFrom(convert.duration_to_pb(left_s))
             return attempt
 
         wanted = Wanted(
             execution_id=self.generation_id,
             model_version=self.execution.model_version,
             project=self.project,
-            max_wait_s=self.queue_wait_s,
+            max_wait_s=max_wait_s,
             excluded=excluded,
+            places=max(self.execution.output.count, 1),
+            affinity=self.affinity,
+            priority=self.execution.priority,
+            new_sink=new_sink,
         )
         try:
             return await self.placer.place(wanted, make)
@@ -114,8 +163,7 @@ class Attempts:
 def _with_field(error: InvalidArgument, default: str) -> InvalidArgument:
     """Gives a worker's refusal the path of the field: its own, or that of the input."""
     field = error.metadata.get("field", default)
-    is_length = error.reason is Reason.CONTEXT_LENGTH_EXCEEDED
-    rule = FieldRule.TOO_LONG if is_length else FieldRule.BAD_FORMAT
+    rule = _RULES.get(error.reason, FieldRule.BAD_FORMAT)
     return InvalidArgument(
         error.message,
         reason=error.reason,

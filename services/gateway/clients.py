@@ -12,7 +12,12 @@ from maas.billing.v1 import (
     price_service_pb2,
     price_service_pb2_grpc,
 )
-from maas.catalog.v1 import offering_service_pb2, offering_service_pb2_grpc
+from maas.catalog.v1 import (
+    adapter_service_pb2,
+    adapter_service_pb2_grpc,
+    offering_service_pb2,
+    offering_service_pb2_grpc,
+)
 from maas.scheduler.v1 import (
     placement_service_pb2,
     placement_service_pb2_grpc,
@@ -32,12 +37,13 @@ from services.gateway.placement import Slot, Wanted
 from services.gateway.settlement import Settled, Settlement
 from services.gateway.slices import Grant
 from services.gateway.spares import Lease, Spare
-from services.gateway.tables import Offerings, Prices, Workers
+from services.gateway.tables import Adapters, Offerings, Prices, Workers
 
 log = structlog.get_logger(__name__)
 
 CATALOG_SERVICES: list[ServiceDescriptor] = [
-    offering_service_pb2.DESCRIPTOR.services_by_name["OfferingService"]
+    adapter_service_pb2.DESCRIPTOR.services_by_name["AdapterService"],
+    offering_service_pb2.DESCRIPTOR.services_by_name["OfferingService"],
 ]
 BILLING_SERVICES: list[ServiceDescriptor] = [
     credit_slice_service_pb2.DESCRIPTOR.services_by_name["CreditSliceService"],
@@ -62,6 +68,21 @@ async def follow_offerings(peer: Peer, table: Offerings) -> None:
 
     stub = offering_service_pb2_grpc.OfferingServiceStub(peer.channel)
     await follow(peer, stub.WatchOfferings, offering_service_pb2.WatchOfferingsRequest(), apply)
+
+
+async def follow_adapters(peer: Peer, table: Adapters) -> None:
+    """Feeds the table of adapters, for ever."""
+
+    def apply(response: adapter_service_pb2.WatchAdaptersResponse, is_snapshot: bool) -> None:  # noqa: FBT001 - signature of follow
+        table.apply(
+            [convert.adapter_from_pb(message) for message in response.adapters],
+            response.deleted_names,
+            is_snapshot=is_snapshot,
+            is_complete=response.snapshot_complete,
+        )
+
+    stub = adapter_service_pb2_grpc.AdapterServiceStub(peer.channel)
+    await follow(peer, stub.WatchAdapters, adapter_service_pb2.WatchAdaptersRequest(), apply)
 
 
 async def follow_prices(peer: Peer, table: Prices) -> None:
@@ -174,6 +195,9 @@ class SchedulerClient:
             exclude_workers=exclude,
             max_wait=convert.duration_to_pb(wanted.max_wait_s),
             spare_execution_ids=wanted.spare_ids,
+            places=wanted.places,
+            affinity=wanted.affinity,
+            priority=wanted.priority,
         )
         response = await self._peer.call(self._stub.AcquireSlot, request)
         return convert.slot_from_pb(response)

@@ -42,6 +42,12 @@ class GatewaySection(Section):
         move_wait: how long a generation whose worker was lost waits for another one.
         generations_max: generations at the same time; one more is refused.
         slices_max: open credit slices; one more is refused.
+        questions_max: calls at the same time that count, tokenize, detokenize or quote; of one
+            project a quarter of it.
+        cache_secret_file: file with a secret that all gateways of the cluster have: it keeps the
+            prefix caches of tenants apart. Without it each start makes one of its own, and caches
+            are shared neither between gateways nor across their restarts.
+        embeds_max: calls at the same time that embed; of one project a quarter of it.
     """
 
     instance: str = pydantic.Field(pattern="^[a-z][a-z0-9-]{0,30}$")
@@ -57,6 +63,9 @@ class GatewaySection(Section):
     move_wait: Seconds = 15.0
     generations_max: int = pydantic.Field(default=4096, ge=1)
     slices_max: int = pydantic.Field(default=4096, ge=1)
+    questions_max: int = pydantic.Field(default=64, ge=1)
+    cache_secret_file: Path | None = None
+    embeds_max: int = pydantic.Field(default=256, ge=1)
 
 
 class Config(ServiceConfig):

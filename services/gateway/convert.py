@@ -15,7 +15,17 @@ from maas.inference.v1 import generation_pb2
 from maas.scheduler.v1 import placement_service_pb2, worker_pb2
 
 from libs.units import CURRENCY
-from services.gateway.domain import Charged, Closing, Offering, Opening, Price, PromptSize, Usage
+from services.gateway.domain import (
+    Adapter,
+    Charged,
+    Closing,
+    Offering,
+    Opening,
+    Price,
+    PromptSize,
+    Usage,
+    usage_of,
+)
 from services.gateway.placement import Slot, Target
 from services.gateway.spares import Spare
 from services.gateway.tables import Worker
@@ -65,6 +75,22 @@ def price_from_pb(message: ledger_pb2.Price) -> Price:
         input_price=message.input_price_per_million.nanos,
         output_price=message.output_price_per_million.nanos,
         effective_time=message.effective_time.ToDatetime(UTC),
+        cached_input_price=(
+            message.cached_input_price_per_million.nanos
+            if message.HasField("cached_input_price_per_million")
+            else None
+        ),
+    )
+
+
+def adapter_from_pb(message: model_pb2.Adapter) -> Adapter:
+    """Reads a LoRA adapter."""
+    return Adapter(
+        name=message.name,
+        model_version=message.model_version,
+        path=message.path,
+        digest=message.digest,
+        project=message.project,
     )
 
 
@@ -75,6 +101,7 @@ def worker_from_pb(message: worker_pb2.Worker) -> Worker:
         endpoint=message.endpoint,
         epoch=message.epoch,
         model_versions=frozenset(message.info.model_versions),
+        capabilities=message.info.capabilities if message.info.HasField("capabilities") else None,
     )
 
 
@@ -108,11 +135,25 @@ def prompt_size(spec: generation_pb2.GenerationSpec) -> PromptSize:
         case "tokens":
             return PromptSize(content_units=len(spec.tokens.ids), message_count=0)
         case "chat":
-            messages = spec.chat.messages
-            size = sum(_size(part.text) for message in messages for part in message.parts)
-            return PromptSize(content_units=size, message_count=len(messages))
+            return _chat_size(spec)
         case _:
             return PromptSize(content_units=0, message_count=0)
+
+
+def _chat_size(spec: generation_pb2.GenerationSpec) -> PromptSize:
+    """Measures a conversation: whatever of it a template may write."""
+    messages, tools = spec.chat.messages, spec.tools.tools
+    size = _size(spec.chat.template_variables_json)
+    count = len(tools)
+    for message in messages:
+        size += sum(_size(part.text) + _size(part.reasoning) for part in message.parts)
+        size += _size(message.name) + _size(message.tool_call_id)
+        for call in message.tool_calls:
+            size += _size(call.id) + _size(call.name) + _size(call.arguments_json)
+            count += 1
+    for tool in tools:
+        size += _size(tool.name) + _size(tool.description) + _size(tool.parameters_json_schema)
+    return PromptSize(content_units=size, message_count=len(messages), tool_count=count)
 
 
 def _size(text: str) -> int:
@@ -127,21 +168,37 @@ def execution_to_pb(
     seed: int,
     max_output_tokens: int,
     interval_s: float = 0.0,
+    adapter: Adapter | None = None,
+    cache_salt: bytes = b"",
 ) -> engine_pb2.Execution:
-    """Makes what is common to all attempts to run a spec: input, concrete sampling, stops."""
-    given = spec.sampling
-    has = given.HasField
+    """Makes what is common to all attempts to run a spec: input, concrete sampling, stops.
+
+    Args:
+        spec: what to generate; checked.
+        offering: that is called.
+        price: frozen at admission.
+        seed: given or picked.
+        max_output_tokens: of each output, given or the default.
+        interval_s: how long the worker may collect output, seconds; 0 for not at all.
+        adapter: that spec.adapter names; None for none.
+        cache_salt: of the prefix cache.
+    """
     execution = engine_pb2.Execution(
         model_version=offering.model_version,
-        sampling=generation_pb2.SamplingOptions(
-            temperature=given.temperature if has("temperature") else offering.default_temperature,
-            top_p=given.top_p if has("top_p") else offering.default_top_p,
-            top_k=given.top_k if has("top_k") else offering.default_top_k,
-            seed=seed,
-        ),
+        sampling=_sampling(spec.sampling, offering, seed),
         stop=spec.stop,
+        cache_salt=cache_salt,
+        bypass_cache=spec.cache.bypass,
+        priority=spec.priority,
     )
     execution.stop.max_output_tokens = max_output_tokens
+    for field in ("output", "tools", "constraint", "reasoning"):
+        if spec.HasField(field):
+            getattr(execution, field).CopyFrom(getattr(spec, field))
+    if adapter is not None:
+        execution.adapter.name = adapter.name
+        execution.adapter.path = adapter.path
+        execution.adapter.digest = adapter.digest
     if spec.HasField("max_charge"):
         execution.charge_limit.nanos = spec.max_charge.nanos
         execution.charge_limit.input_price = price.input_price
@@ -160,6 +217,22 @@ def execution_to_pb(
     return execution
 
 
+def _sampling(
+    given: generation_pb2.SamplingOptions, offering: Offering, seed: int
+) -> generation_pb2.SamplingOptions:
+    sampling = generation_pb2.SamplingOptions()
+    # With min_p, penalties and bias as they were given: absent, they change nothing.
+    sampling.CopyFrom(given)
+    sampling.seed = seed
+    if not given.HasField("temperature"):
+        sampling.temperature = offering.default_temperature
+    if not given.HasField("top_p"):
+        sampling.top_p = offering.default_top_p
+    if not given.HasField("top_k"):
+        sampling.top_k = offering.default_top_k
+    return sampling
+
+
 def sha256_of(spec: generation_pb2.GenerationSpec) -> str:
     """Returns the digest of a spec, hexadecimal."""
     return hashlib.sha256(spec.SerializeToString(deterministic=True)).hexdigest()
@@ -172,7 +245,12 @@ def money_to_pb(nanos: int) -> money_pb2.Money:
 
 def usage_to_pb(usage: Usage) -> usage_pb2.TokenUsage:
     """Makes counts."""
-    return usage_pb2.TokenUsage(input_tokens=usage.input_tokens, output_tokens=usage.output_tokens)
+    return usage_pb2.TokenUsage(
+        input_tokens=usage.input_tokens,
+        cached_input_tokens=usage.cached_input_tokens,
+        output_tokens=usage.output_tokens,
+        reasoning_tokens=usage.reasoning_tokens,
+    )
 
 
 def settlement_to_pb(opening: Opening, closing: Closing) -> credit_slice_service_pb2.Settlement:
@@ -186,14 +264,14 @@ def settlement_to_pb(opening: Opening, closing: Closing) -> credit_slice_service
         offering=opening.offering,
         model_version=opening.model_version,
         price=opening.price,
-        usage=usage_pb2.TokenUsage(
-            input_tokens=opening.input_tokens, output_tokens=closing.output_tokens
-        ),
+        usage=usage_to_pb(usage_of(opening, closing)),
         end_cause=ledger_pb2.EndCause.ValueType(closing.cause.value),
         start_time=timestamp_to_pb(opening.start_time),
         end_time=timestamp_to_pb(closing.end_time),
         request_id=opening.request_id,
         request_sha256=bytes.fromhex(opening.request_sha256),
+        labels=opening.labels,
+        end_user=opening.end_user,
     )
 
 
@@ -208,7 +286,10 @@ def charged_from_pb(
         generation_id=record.generation_id,
         request_sha256=message.request_sha256.hex(),
         usage=Usage(
-            input_tokens=record.usage.input_tokens, output_tokens=record.usage.output_tokens
+            input_tokens=record.usage.input_tokens,
+            output_tokens=record.usage.output_tokens,
+            cached_input_tokens=record.usage.cached_input_tokens,
+            reasoning_tokens=record.usage.reasoning_tokens,
         ),
         nanos=record.charge.nanos,
     )

@@ -6,7 +6,8 @@ Pure: no gRPC, no files, no clock.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from libs.errors import Reason
@@ -97,6 +98,8 @@ class Price:
         input_price: nanos per million input tokens.
         output_price: nanos per million output tokens.
         effective_time: from when on it is in force.
+        cached_input_price: nanos per million input tokens that the prefix cache had; None for
+            that of the others.
     """
 
     name: str
@@ -104,14 +107,19 @@ class Price:
     input_price: int
     output_price: int
     effective_time: datetime
+    cached_input_price: int | None = None
 
-    def charge(self, *, input_tokens: int, output_tokens: int) -> Nanos:
-        """Prices a generation."""
+    def charge(
+        self, *, input_tokens: int, output_tokens: int, cached_input_tokens: int = 0
+    ) -> Nanos:
+        """Prices a generation. Without a cached count it is the most that it can cost."""
         return charge_usage(
             input_tokens=input_tokens,
             output_tokens=output_tokens,
             input_price=self.input_price,
             output_price=self.output_price,
+            cached_input_tokens=cached_input_tokens,
+            cached_input_price=self.cached_input_price,
         )
 
     def affordable(self, *, nanos: int, input_tokens: int, at_most: int) -> int:
@@ -135,10 +143,13 @@ class PromptSize:
     Attributes:
         content_units: bytes of text, or token ids; no tokenizer makes more tokens than bytes.
         message_count: turns of a chat; 0 for text and token ids.
+        tool_count: tools, and calls of tools in the turns: the template writes something around
+            each of them, as around a turn.
     """
 
     content_units: int
     message_count: int
+    tool_count: int = 0
 
 
 def prompt_bound(size: PromptSize, offering: Offering) -> int:
@@ -146,7 +157,8 @@ def prompt_bound(size: PromptSize, offering: Offering) -> int:
     overhead = TEXT_OVERHEAD_TOKENS
     if size.message_count:
         overhead += offering.prompt_overhead_tokens
-        overhead += size.message_count * offering.message_overhead_tokens
+        pieces = size.message_count + size.tool_count
+        overhead += pieces * offering.message_overhead_tokens
     return min(size.content_units + overhead, offering.context_length)
 
 
@@ -163,10 +175,33 @@ class Usage:
     Attributes:
         input_tokens: of the rendered prompt.
         output_tokens: released to the client.
+        cached_input_tokens: the part of input_tokens that the prefix cache had.
+        reasoning_tokens: the part of output_tokens that is reasoning.
     """
 
     input_tokens: int
     output_tokens: int
+    cached_input_tokens: int = 0
+    reasoning_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """A LoRA adapter.
+
+    Attributes:
+        name: "adapters/{adapter}".
+        model_version: "models/{model}/versions/{version}" that it was made for.
+        path: of its file, relative to the directory of adapters that workers are given.
+        digest: "sha256:<hex>" of the file.
+        project: "projects/{project}" that alone may use it; empty for all.
+    """
+
+    name: str
+    model_version: str
+    path: str
+    digest: str
+    project: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +221,8 @@ class Opening:
         start_time: admission, UTC.
         request_id: idempotency key; empty when there is none.
         request_sha256: hexadecimal digest of what was asked for, with request_id.
+        labels: of the request.
+        end_user: the caller's own id of whom the request was for.
     """
 
     generation_id: str
@@ -200,6 +237,8 @@ class Opening:
     start_time: datetime
     request_id: str = ""
     request_sha256: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    end_user: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,8 +266,22 @@ class Closing:
         output_tokens: released.
         cause: decides who pays.
         end_time: UTC.
+        cached_input_tokens: the part of the input that the prefix cache had.
+        reasoning_tokens: the part of output_tokens that is reasoning.
     """
 
     output_tokens: int
     cause: EndCause
     end_time: datetime
+    cached_input_tokens: int = 0
+    reasoning_tokens: int = 0
+
+
+def usage_of(opening: Opening, closing: Closing) -> Usage:
+    """Returns the counts of a generation that has ended."""
+    return Usage(
+        input_tokens=opening.input_tokens,
+        output_tokens=closing.output_tokens,
+        cached_input_tokens=closing.cached_input_tokens,
+        reasoning_tokens=closing.reasoning_tokens,
+    )

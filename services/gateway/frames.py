@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from maas.inference.v1 import generation_pb2, generation_service_pb2
 
 from services.gateway import convert
+from services.gateway.wire import SHORT, VARINTS, field, varint
 
 if TYPE_CHECKING:
     from services.gateway.running import Generation
@@ -27,8 +28,8 @@ _DELTA_OUTPUTS = b"\x0a"
 _OUTPUT_TEXT = b"\x12"
 _OUTPUT_TOKEN_IDS = b"\x1a"
 _OUTPUT_END = b"\x2a"
-# Numbers below are of at most two bytes as varints, and lengths below of one.
-_SHORT = 1 << 14
+_FRAME_PROMPT_SCORES = b"\x3a"
+# Lengths below are of one byte as varints.
 _SHORT_TEXT = 0x70
 
 
@@ -79,8 +80,8 @@ def delta(
     if (
         data
         and len(data) < _SHORT_TEXT
-        and sequence < _SHORT
-        and output_tokens < _SHORT
+        and sequence < SHORT
+        and output_tokens < SHORT
         and not token_ids
         and end is None
         and not first_sequence
@@ -88,20 +89,37 @@ def delta(
         # Nearly every frame. Its parts are ready-made but for the text.
         frame = _SEQUENCES[sequence] + _TEXTS[len(data)] + data + _COUNTS[output_tokens]
         return Frame(sequence, _RESPONSES[len(frame)] + frame, True)
-    output = _OUTPUT_TEXT + _varint(len(data)) + data if data else b""
+    output = field(_OUTPUT_TEXT, data) if data else b""
     if token_ids:
-        data = b"".join([_varint(token_id) for token_id in token_ids])
-        output += _OUTPUT_TOKEN_IDS + _varint(len(data)) + data
+        output += field(_OUTPUT_TOKEN_IDS, b"".join([varint(token_id) for token_id in token_ids]))
     if end is not None:
-        data = end.SerializeToString()
-        output += _OUTPUT_END + _varint(len(data)) + data
-    outputs = _DELTA_OUTPUTS + _varint(len(output)) + output
-    frame = _FRAME_SEQUENCE + _varint(sequence) + _FRAME_DELTA + _varint(len(outputs)) + outputs
+        output += field(_OUTPUT_END, end.SerializeToString())
+    return rich_delta(
+        sequence=sequence,
+        outputs=field(_DELTA_OUTPUTS, output),
+        output_tokens=output_tokens,
+        first_sequence=first_sequence,
+    )
+
+
+def rich_delta(
+    *, sequence: int, outputs: bytes, output_tokens: int, first_sequence: int = 0
+) -> Frame:
+    """Makes a frame of output that is encoded already, as the entries of Delta.outputs."""
+    frame = _FRAME_SEQUENCE + varint(sequence) + field(_FRAME_DELTA, outputs)
     if first_sequence:
-        frame += _FRAME_FIRST_SEQUENCE + _varint(first_sequence)
+        frame += _FRAME_FIRST_SEQUENCE + varint(first_sequence)
     if output_tokens:
-        frame += _FRAME_OUTPUT_TOKENS + _varint(output_tokens)
-    return Frame(sequence, _RESPONSE_FRAME + _varint(len(frame)) + frame, is_delta=True)
+        frame += _FRAME_OUTPUT_TOKENS + varint(output_tokens)
+    return Frame(sequence, field(_RESPONSE_FRAME, frame), is_delta=True)
+
+
+def prompt_scores(*, sequence: int, scores: bytes, output_tokens: int) -> Frame:
+    """Makes a frame of log-probabilities of the prompt, which are encoded already."""
+    frame = _FRAME_SEQUENCE + varint(sequence) + field(_FRAME_PROMPT_SCORES, scores)
+    if output_tokens:
+        frame += _FRAME_OUTPUT_TOKENS + varint(output_tokens)
+    return Frame(sequence, field(_RESPONSE_FRAME, frame))
 
 
 def finished(generation: Generation) -> Frame:
@@ -124,31 +142,17 @@ def _frame(frame: generation_pb2.GenerationFrame) -> Frame:
     return Frame(frame.sequence, response.SerializeToString())
 
 
-def _long_varint(value: int) -> bytes:
-    data = bytearray()
-    while value > 0x7F:  # noqa: PLR2004 - seven bits a byte
-        data.append(value & 0x7F | 0x80)
-        value >>= 7
-    data.append(value)
-    return bytes(data)
-
-
-_VARINTS = [_long_varint(value) for value in range(_SHORT)]
-_SEQUENCES = [_FRAME_SEQUENCE + number for number in _VARINTS]
-_COUNTS = [b"", *(_FRAME_OUTPUT_TOKENS + number for number in _VARINTS[1:])]
-_RESPONSES = [_RESPONSE_FRAME + _long_varint(length) for length in range(2 * _SHORT_TEXT)]
+_SEQUENCES = [_FRAME_SEQUENCE + number for number in VARINTS]
+_COUNTS = [b"", *(_FRAME_OUTPUT_TOKENS + number for number in VARINTS[1:])]
+_RESPONSES = [_RESPONSE_FRAME + varint(length) for length in range(2 * _SHORT_TEXT)]
 # What stands before a text of each length: the heads of delta, outputs and text.
 _TEXTS = [
     b"".join(
-        head + _long_varint(length + rest)
+        head + varint(length + rest)
         for head, rest in ((_FRAME_DELTA, 4), (_DELTA_OUTPUTS, 2), (_OUTPUT_TEXT, 0))
     )
     for length in range(_SHORT_TEXT)
 ]
-
-
-def _varint(value: int) -> bytes:
-    return _VARINTS[value] if value < _SHORT else _long_varint(value)
 
 
 def timings(generation: Generation) -> generation_pb2.Timings:
@@ -169,19 +173,14 @@ def result(generation: Generation) -> generation_pb2.Generation:
     Raises:
         ValueError: the log has dropped some of it.
     """
-    assert generation.log is not None
     opening = generation.opening
-    output = generation_pb2.Output(
-        index=0,
-        text=generation.log.text(),
-        token_ids=generation.token_ids if generation.terms.with_ids else (),
-        end=generation.end_of_output,
-    )
+    outputs, scores = generation.outputs()
     return generation_pb2.Generation(
         generation_id=opening.generation_id,
         offering=opening.offering,
         model_version=opening.model_version,
-        outputs=[output],
+        outputs=outputs,
+        prompt_scores=scores,
         usage=convert.usage_to_pb(generation.usage),
         timings=timings(generation),
         charge=convert.money_to_pb(generation.charge),

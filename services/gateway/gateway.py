@@ -16,18 +16,27 @@ from libs.process import Background
 from libs.rpc import Peer
 from services.gateway import clients
 from services.gateway.admission import Admission, Rules
+from services.gateway.books import Books
+from services.gateway.checks import Checks
 from services.gateway.config import GatewaySection
+from services.gateway.desks import Desks
+from services.gateway.embed_placement import EmbedPlacer
+from services.gateway.embedding import Embeddings
+from services.gateway.inquiries import Inquirer
 from services.gateway.journal import Journal
 from services.gateway.links import LinkPool
 from services.gateway.operations import Generations, Limits
 from services.gateway.placement import Placer
+from services.gateway.quote import Quotes
 from services.gateway.release import Releaser
 from services.gateway.replay import Budget
-from services.gateway.running import Books
+from services.gateway.salt import Salts
 from services.gateway.settlement import Settlement, Settler
 from services.gateway.slices import SliceBook
 from services.gateway.spares import Spares
-from services.gateway.tables import Offerings, Prices, Table, Workers
+from services.gateway.tables import Adapters, Offerings, Prices, Table, Workers
+from services.gateway.tokenization import Tokenization
+from services.gateway.turnstile import Turnstile
 
 log = structlog.get_logger(__name__)
 
@@ -50,6 +59,7 @@ class Gateway:
         background: Background,
         keys: KeyTable,
         clock: Clock,
+        cache_secret: bytes,
     ) -> None:
         self._clock = clock
         self._journal = journal
@@ -57,6 +67,8 @@ class Gateway:
         self._billing = clients.BillingClient(billing, journal, config.instance)
         placement = clients.SchedulerClient(scheduler, background)
         self.offerings, self.prices, self.workers = Offerings(), Prices(), Workers()
+        # Not waited for at the start: only requests that name an adapter need it.
+        self.adapters = Adapters()
         self.links = LinkPool(credential, background)
         self._book = SliceBook(
             acquire=self._billing.acquire,
@@ -92,13 +104,20 @@ class Gateway:
             background=background,
             move_wait_s=config.move_wait,
         )
+        checks = Checks(
+            offerings=self.offerings,
+            prices=self.prices,
+            adapters=self.adapters,
+            workers=self.workers,
+            clock=clock,
+        )
         admission = Admission(
             instance=config.instance,
             rules=Rules(queue_wait_s=config.queue_wait, replay_bytes_max=config.replay_bytes_max),
             books=books,
             budget=budget,
-            offerings=self.offerings,
-            prices=self.prices,
+            checks=checks,
+            salts=Salts(cache_secret),
             placer=Placer(
                 acquire=placement.acquire,
                 release=placement.release,
@@ -122,6 +141,39 @@ class Gateway:
             admission=admission,
         )
         keys.on_revoked(self.generations.revoke)
+        desks = Desks(credential, clock)
+        background.start(desks.run(), name="desks")
+        inquirer = Inquirer(desks=desks, workers=self.workers, clock=clock)
+        questions = Turnstile("questions", config.questions_max)
+        self.quotes = Quotes(
+            checks=checks,
+            offerings=self.offerings,
+            workers=self.workers,
+            inquirer=inquirer,
+            turnstile=questions,
+        )
+        self.tokenization = Tokenization(
+            offerings=self.offerings, inquirer=inquirer, quotes=self.quotes, turnstile=questions
+        )
+        self.embeddings = Embeddings(
+            instance=config.instance,
+            books=books,
+            offerings=self.offerings,
+            prices=self.prices,
+            workers=self.workers,
+            placer=EmbedPlacer(
+                acquire=placement.acquire,
+                release=placement.release,
+                workers=self.workers,
+                links=self.links,
+                desks=desks,
+                queue_wait_s=config.queue_wait,
+            ),
+            turnstile=Turnstile("calls to embed", config.embeds_max),
+            is_revoked=keys.is_revoked,
+            random_bits=secrets.randbits,
+        )
+        keys.on_revoked(self.embeddings.revoke)
 
     async def start(self) -> None:
         """Settles what an earlier process left, waits for the tables, starts settling."""
@@ -131,6 +183,10 @@ class Gateway:
         tables: Sequence[Table] = (self.offerings, self.prices, self.workers)
         for table in tables:
             await table.wait()
+
+    async def drain(self) -> None:
+        """Refuses new work and waits for what runs; cancelled, it stops the generations."""
+        await asyncio.gather(self.generations.drain(), self.embeddings.drain())
 
     async def finish(self) -> None:
         """Settles what has ended and gives all slices back, within bounded time."""

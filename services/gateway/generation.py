@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Protocol, Self
 
-from maas.inference.v1 import generation_pb2
+from maas.engine.v1 import engine_pb2
+from maas.inference.v1 import generation_pb2, scores_pb2
 
-from libs.errors import MaasError
+from libs.errors import Internal, MaasError, Reason
 
 # Rows in one chunk. A row is a token, or some that were merged on the way.
 ROWS_MAX = 1024
@@ -37,6 +38,77 @@ def rows_of_frame(texts: Sequence[str], counts: Sequence[int]) -> int:
         if size > FRAME_BYTES_MAX and number:
             return number
     return len(texts)
+
+
+class Inlet(Protocol):
+    """Where a link puts what a worker says of one lane."""
+
+    def accept(self, input_tokens: int) -> None:
+        """The worker has queued the execution, whose prompt has so many tokens."""
+        ...
+
+    def prefill(self, cached_tokens: int) -> None:
+        """The prefix cache had so many tokens of the prompt."""
+        ...
+
+    def push_prompt_scores(self, scores: scores_pb2.PromptScores) -> None:
+        """Log-probabilities of the prompt."""
+        ...
+
+    def push(self, text: str, token_ids: list[int]) -> None:
+        """New output."""
+        ...
+
+    def push_one(self, text: str, token_id: int) -> None:
+        """New output of one token. On the token path."""
+        ...
+
+    def push_rich(
+        self,
+        text: str,
+        token_ids: list[int],
+        shown: engine_pb2.RowSegments | None,
+        scores: scores_pb2.TokenScores | None,
+    ) -> None:
+        """New output that is more than text.
+
+        Args:
+            text: whole characters; empty with `shown`.
+            token_ids: that made it.
+            shown: what it shows.
+            scores: of its tokens.
+        """
+        ...
+
+    def finish(self, end: generation_pb2.OutputEnd) -> None:
+        """The output has ended well."""
+        ...
+
+    def fail(self, error: MaasError) -> None:
+        """There will be no more output."""
+        ...
+
+
+class Intake(Protocol):
+    """What the lifecycle of a generation needs to know of its sink."""
+
+    accepted: asyncio.Future[int]
+    on_output: Callable[[], None] | None
+    on_event: Callable[[], None] | None
+    failure: MaasError | None
+    is_over: bool
+    has_output: bool
+    cached_tokens: int
+
+    @property
+    def waiting(self) -> int:
+        """Tokens that have not been taken."""
+        ...
+
+    @property
+    def inlets(self) -> Sequence[Inlet]:
+        """One for each output."""
+        ...
 
 
 @dataclass(slots=True)
@@ -65,6 +137,7 @@ class Sink:
         failure: why there will be no more output.
         is_over: the output has ended well; some of it may still have to be taken.
         has_output: there is something to take.
+        cached_tokens: of the prompt, that the prefix cache had.
     """
 
     accepted: asyncio.Future[int]
@@ -73,6 +146,7 @@ class Sink:
     failure: MaasError | None = None
     is_over: bool = False
     has_output: bool = False
+    cached_tokens: int = 0
     _texts: list[str] = field(default_factory=list)
     _token_ids: list[int] = field(default_factory=list)
     # Tokens of the rows, by their places, that have not one token each. A row is never split: its
@@ -84,6 +158,24 @@ class Sink:
         """The worker has queued the execution."""
         if not self.accepted.done():
             self.accepted.set_result(input_tokens)
+
+    def prefill(self, cached_tokens: int) -> None:
+        """The prefix cache had so many tokens of the prompt."""
+        self.cached_tokens = max(self.cached_tokens, cached_tokens)
+
+    def push_prompt_scores(self, scores: scores_pb2.PromptScores) -> None:  # noqa: ARG002 - Inlet
+        """Nobody has asked for them."""
+        self.fail(_unasked())
+
+    def push_rich(
+        self,
+        text: str,  # noqa: ARG002 - Inlet
+        token_ids: list[int],  # noqa: ARG002 - Inlet
+        shown: engine_pb2.RowSegments | None,  # noqa: ARG002 - Inlet
+        scores: scores_pb2.TokenScores | None,  # noqa: ARG002 - Inlet
+    ) -> None:
+        """Nobody has asked for more than text, and what it is cannot be shown."""
+        self.fail(_unasked())
 
     def push(self, text: str, token_ids: list[int]) -> None:
         """New output.
@@ -131,6 +223,16 @@ class Sink:
         """Tokens that have not been taken."""
         return self._token_ids
 
+    @property
+    def waiting(self) -> int:
+        """Number of tokens that have not been taken."""
+        return len(self._token_ids)
+
+    @property
+    def inlets(self) -> Sequence[Inlet]:
+        """This sink alone: it has one output."""
+        return (self,)
+
     def take(self) -> Chunk:
         """Takes what there is, at most ROWS_MAX rows and what fits into a frame."""
         texts, token_ids = self._texts, self._token_ids
@@ -162,6 +264,7 @@ class Sink:
         self._texts[:0] = earlier._texts
         self._token_ids[:0] = earlier._token_ids
         self.has_output = self.has_output or bool(self._texts)
+        self.cached_tokens = max(self.cached_tokens, earlier.cached_tokens)
         self._put_counts(counts)
 
     def _counts_of_rows(self) -> list[int]:
@@ -169,6 +272,10 @@ class Sink:
 
     def _put_counts(self, counts: list[int]) -> None:
         self._counts = {place: count for place, count in enumerate(counts) if count != 1}
+
+
+def _unasked() -> Internal:
+    return Internal("the engine failed", reason=Reason.ENGINE_FAILURE)
 
 
 def new_sink() -> Sink:

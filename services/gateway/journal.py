@@ -10,6 +10,7 @@ and then JSON, except progress, which is on the token path:  'P' u32 ordinal u32
 
     S slice_id holder           before the slice is asked for
     O ordinal opening           a worker has accepted; before the first frame
+    H ordinal cached_tokens     before the first frame of output, when the prefix cache had some
     P ordinal output_tokens     before each frame
     C ordinal closing           the end
     A ordinals                  settled: the money is durable
@@ -151,6 +152,17 @@ class Journal:
             records += body
         self._write(records)
 
+    def prefilled(self, counts: list[tuple[int, int]]) -> None:
+        """Notes how much of prompts the prefix cache had, before their first output is released.
+
+        Args:
+            counts: ordinal and cached input tokens of each generation.
+
+        Raises:
+            Unavailable: the journal cannot be written; nothing of it may be released.
+        """
+        self._write(b"".join(_json_record(b"H", count) for count in counts))
+
     def closed(self, ordinal: int, closing: Closing) -> None:
         """Notes the end of a generation.
 
@@ -291,6 +303,7 @@ class _Replay:
         self.slices: dict[str, None] = {}
         self._openings: dict[tuple[int, int], Opening] = {}
         self._released: dict[tuple[int, int], int] = {}
+        self._cached: dict[tuple[int, int], int] = {}
         self._closings: dict[tuple[int, int], Closing] = {}
 
     def apply(self, run: int, body: bytes) -> None:
@@ -305,6 +318,8 @@ class _Replay:
                 self._openings[run, value[0]] = _opening_from_json(value[1])
             case b"C":
                 self._closings[run, value[0]] = _closing_from_json(value[1])
+            case b"H":
+                self._cached[run, value[0]] = value[1]
             case b"A":
                 for ordinal in value:
                     self._openings.pop((run, ordinal), None)
@@ -327,6 +342,7 @@ class _Replay:
             output_tokens=self._released.get(key, 0),
             cause=EndCause.GATEWAY_LOST,
             end_time=end_time,
+            cached_input_tokens=self._cached.get(key, 0),
         )
 
 
@@ -344,6 +360,8 @@ def _opening_to_json(opening: Opening) -> dict[str, object]:
         "start_time": opening.start_time.timestamp(),
         "request_id": opening.request_id,
         "request_sha256": opening.request_sha256,
+        "labels": dict(opening.labels),
+        "end_user": opening.end_user,
     }
 
 
@@ -362,7 +380,15 @@ def _opening_from_json(value: dict[str, object]) -> Opening:
         # Absent in what earlier versions wrote.
         request_id=str(value.get("request_id", "")),
         request_sha256=str(value.get("request_sha256", "")),
+        labels=_labels_from_json(value.get("labels")),
+        end_user=str(value.get("end_user", "")),
     )
+
+
+def _labels_from_json(value: object) -> dict[str, str]:
+    if not isinstance(value, dict):
+        return {}
+    return {str(key): str(label) for key, label in value.items()}
 
 
 def _closing_to_json(closing: Closing) -> dict[str, object]:
@@ -370,6 +396,8 @@ def _closing_to_json(closing: Closing) -> dict[str, object]:
         "output_tokens": closing.output_tokens,
         "cause": closing.cause.name,
         "end_time": closing.end_time.timestamp(),
+        "cached_input_tokens": closing.cached_input_tokens,
+        "reasoning_tokens": closing.reasoning_tokens,
     }
 
 
@@ -378,4 +406,7 @@ def _closing_from_json(value: dict[str, object]) -> Closing:
         output_tokens=int(str(value["output_tokens"])),
         cause=EndCause[str(value["cause"])],
         end_time=datetime.fromtimestamp(float(str(value["end_time"])), UTC),
+        # Absent in what earlier versions wrote.
+        cached_input_tokens=int(str(value.get("cached_input_tokens", 0))),
+        reasoning_tokens=int(str(value.get("reasoning_tokens", 0))),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import structlog
@@ -17,7 +18,7 @@ from maas.engine.v1 import engine_pb2, engine_service_pb2, engine_service_pb2_gr
 from libs.errors import BY_CODE, Code, Internal, MaasError, Reason, Unavailable
 from libs.process import Background
 from libs.rpc import Peer
-from services.gateway.generation import Sink
+from services.gateway.generation import Inlet
 
 if TYPE_CHECKING:
     from grpc.aio import StreamStreamCall
@@ -45,7 +46,7 @@ class Link:
         self.worker = worker
         self.endpoint = endpoint
         self._credential = credential
-        self._sinks: dict[int, Sink] = {}
+        self._sinks: dict[int, Inlet] = {}
         self._free: list[int] = []
         self._lanes = 0
         self._starts: list[engine_pb2.Execution] = []
@@ -57,7 +58,7 @@ class Link:
 
     @property
     def running(self) -> int:
-        """Executions on this link."""
+        """Outputs that executions on this link make."""
         return len(self._sinks)
 
     @property
@@ -77,23 +78,36 @@ class Link:
         except TimeoutError:
             raise self.lost() from None
 
-    def start(self, execution: engine_pb2.Execution, sink: Sink) -> int:
-        """Sends an execution; returns its lane. Its events go to the sink.
+    def start(self, execution: engine_pb2.Execution, sink: Inlet) -> int:
+        """Sends an execution of one output; returns its lane. Its events go to the sink.
+
+        Raises:
+            Unavailable: WORKER_LOST, the stream does not stand.
+        """
+        return self.start_many(execution, [sink])[0]
+
+    def start_many(self, execution: engine_pb2.Execution, sinks: Sequence[Inlet]) -> list[int]:
+        """Sends an execution with an output for each sink; returns their lanes.
 
         Raises:
             Unavailable: WORKER_LOST, the stream does not stand.
         """
         if not self.is_up:
             raise self.lost()
-        lane = heapq.heappop(self._free) if self._free else self._new_lane()
-        execution.lane = lane
-        self._sinks[lane] = sink
+        lanes = []
+        for sink in sinks:
+            lane = heapq.heappop(self._free) if self._free else self._new_lane()
+            self._sinks[lane] = sink
+            lanes.append(lane)
+        execution.lane = lanes[0]
+        if len(lanes) > 1:
+            execution.more_lanes[:] = lanes[1:]
         self._starts.append(execution)
         self._wake.set()
-        return lane
+        return lanes
 
-    def abort(self, lane: int, sink: Sink) -> None:
-        """Stops an execution, if it still has that lane. Its remaining events go nowhere."""
+    def abort(self, lane: int, sink: Inlet) -> None:
+        """Stops an output, if it still has that lane. Its remaining events go nowhere."""
         if self._sinks.get(lane) is sink:
             self._aborts.append(lane)
             self._wake.set()
@@ -177,8 +191,12 @@ class Link:
         sinks = self._sinks
         for accepted in events.accepted:
             sinks[accepted.lane].accept(accepted.input_tokens)
+        if events.prefilled or events.prompt_scores:
+            self._dispatch_prompts(events)
         token_ids = events.token_ids
-        if events.token_counts:
+        if events.segments or events.scores:
+            self._dispatch_rich(events)
+        elif events.token_counts:
             start = 0
             rows = zip(events.lanes, events.token_counts, events.texts, strict=True)
             for lane, count, text in rows:
@@ -189,6 +207,28 @@ class Link:
                 sinks[lane].push_one(text, token_id)
         for ended in events.ended:
             self._end(ended)
+
+    def _dispatch_prompts(self, events: engine_pb2.StepEvents) -> None:
+        for prefilled in events.prefilled:
+            self._sinks[prefilled.lane].prefill(prefilled.cached_tokens)
+        for prompt in events.prompt_scores:
+            self._sinks[prompt.lane].push_prompt_scores(prompt.scores)
+
+    def _dispatch_rich(self, events: engine_pb2.StepEvents) -> None:
+        """Rows some of which show more than text; the others go the plain way."""
+        segments = {row.row: row for row in events.segments}
+        scores = {row.row: row.scores for row in events.scores}
+        counts = events.token_counts or [1] * len(events.lanes)
+        start = 0
+        rows = zip(events.lanes, counts, events.texts, strict=True)
+        for number, (lane, count, text) in enumerate(rows):
+            token_ids = events.token_ids[start : start + count]
+            start += count
+            shown, scored = segments.get(number), scores.get(number)
+            if shown is None and scored is None:
+                self._sinks[lane].push(text, token_ids)
+            else:
+                self._sinks[lane].push_rich(text, token_ids, shown, scored)
 
     def _end(self, ended: engine_pb2.Ended) -> None:
         sink = self._sinks.pop(ended.lane)

@@ -30,11 +30,12 @@ from libs.errors import (
 from libs.rpc import Call
 from services.gateway import metrics
 from services.gateway.admission import Admission, Asked, revoked
+from services.gateway.books import Books
 from services.gateway.domain import EndCause
 from services.gateway.reader import Reader
 from services.gateway.replay import Budget
 from services.gateway.requests import READERS_MAX, Requests, crowded
-from services.gateway.running import Books, Generation
+from services.gateway.running import Generation
 
 log = structlog.get_logger(__name__)
 

@@ -16,10 +16,12 @@ from dataclasses import dataclass, replace
 
 import structlog
 from maas.engine.v1 import engine_pb2
+from maas.inference.v1 import generation_pb2
 
 from libs.errors import DeadlineExceeded, MaasError, Reason
-from services.gateway.generation import Sink, new_sink
+from services.gateway.generation import new_sink
 from services.gateway.links import Link, LinkPool
+from services.gateway.rich import AnySink
 from services.gateway.spares import Lease, Spare, Spares
 from services.gateway.tables import Workers, no_ready_worker
 
@@ -74,7 +76,7 @@ class Slot:
     """
 
     slot_id: str | None
-    targets: list[Target]
+    targets: Sequence[Target | Spare]
     spares: tuple[Spare, ...] = ()
     start_within_s: float = 0.0
 
@@ -90,6 +92,10 @@ class Wanted:
         max_wait_s: longest wait in the scheduler's queue.
         excluded: workers that it must not get.
         spare_ids: executions to lease slots for along with its own; the placer fills them in.
+        places: that it takes on its worker, all at once.
+        affinity: requests with equal bytes prefer the same worker; empty for any.
+        priority: who goes first in the scheduler's queue.
+        new_sink: makes where its events arrive, for each attempt.
     """
 
     execution_id: str
@@ -98,6 +104,19 @@ class Wanted:
     max_wait_s: float
     excluded: frozenset[str] = frozenset()
     spare_ids: tuple[str, ...] = ()
+    places: int = 1
+    affinity: bytes = b""
+    priority: generation_pb2.PriorityClass.ValueType = generation_pb2.PRIORITY_CLASS_UNSPECIFIED
+    new_sink: Callable[[], AnySink] = new_sink
+
+    @property
+    def takes_spares(self) -> bool:
+        """Whether any slot will do, so that one that was leased in advance will, too."""
+        return (
+            self.places == 1
+            and not self.affinity
+            and self.priority != generation_pb2.PRIORITY_CLASS_BACKGROUND
+        )
 
 
 AcquireSlot = Callable[[Wanted, str, list[str]], Awaitable[Slot]]
@@ -116,19 +135,19 @@ class Placed:
 
     Attributes:
         link: to the worker.
-        lane: on the link.
+        lanes: of its outputs on the link.
         sink: where its events arrive.
         input_tokens: exact.
     """
 
     link: Link
-    lane: int
-    sink: Sink
+    lanes: Sequence[int]
+    sink: AnySink
     input_tokens: int
 
     def abort(self) -> None:
-        """Stops it."""
-        self.link.abort(self.lane, self.sink)
+        """Stops all outputs."""
+        _abort(self.link, self.lanes, self.sink)
 
 
 @dataclass(slots=True)
@@ -179,7 +198,7 @@ class Placer:
             MaasError: what the last worker or the scheduler said.
         """
         search = _Search(list(wanted.excluded))
-        if self._spares is not None:
+        if self._spares is not None and wanted.takes_spares:
             placed = await self._on_spare(self._spares, wanted, make, search)
             if placed is not None:
                 return placed
@@ -193,7 +212,7 @@ class Placer:
                 if search.last is not None and error.reason is Reason.NO_READY_WORKER:
                     raise search.last from error
                 raise
-            placed = await self._on_slot(slot.slot_id, slot.targets, execution_id, make, search)
+            placed = await self._on_slot(slot, execution_id, wanted, make, search)
             if placed is not None:
                 return placed
         assert search.last is not None
@@ -206,25 +225,27 @@ class Placer:
         spare = spares.take(wanted.model_version, wanted.excluded)
         if spare is None:
             return None
-        placed = await self._on_slot(spare.slot_id, [spare], spare.execution_id, make, search)
+        slot = Slot(slot_id=spare.slot_id, targets=[spare])
+        placed = await self._on_slot(slot, spare.execution_id, wanted, make, search)
         if search.last is not None and search.last.reason in _SPARE_IS_STALE:
             search.exclude = list(wanted.excluded)
         return placed
 
     async def _on_slot(
         self,
-        slot_id: str | None,
-        targets: Sequence[Target | Spare],
+        slot: Slot,
         execution_id: str,
+        wanted: Wanted,
         make: MakeExecution,
         search: _Search,
     ) -> Placed | None:
         """Tries the targets of a slot and gives it back when none of them accepts."""
         is_used = False
         try:
-            for target in targets:
+            for target in slot.targets:
                 try:
-                    placed = await self._try(target, make(execution_id, target.epoch))
+                    execution = make(execution_id, target.epoch)
+                    placed = await self._try(target, execution, wanted.new_sink())
                 except MaasError as error:
                     if error.reason not in _TRY_ELSEWHERE:
                         raise
@@ -234,8 +255,8 @@ class Placer:
                 is_used = True
                 return placed
         finally:
-            if not is_used and slot_id is not None:
-                self._release(slot_id)
+            if not is_used and slot.slot_id is not None:
+                self._release(slot.slot_id)
         return None
 
     async def _slot(self, wanted: Wanted, execution_id: str, exclude: list[str]) -> Slot:
@@ -251,7 +272,7 @@ class Placer:
         self, wanted: Wanted, execution_id: str, exclude: list[str]
     ) -> Slot:
         # Who may not wait and brings spares gets nothing but a spare: the scheduler's rule.
-        if self._spares is None or wanted.max_wait_s <= 0:
+        if self._spares is None or wanted.max_wait_s <= 0 or not wanted.takes_spares:
             return await self._acquire(wanted, execution_id, exclude)
         with self._spares.order(wanted.model_version) as order:
             if order.ids:
@@ -265,25 +286,35 @@ class Placer:
         if not workers:
             raise no_ready_worker(model_version)
         workers.sort(key=lambda worker: self._links.get(worker.name, worker.endpoint).running)
-        targets = [
+        targets: list[Target | Spare] = [
             Target(worker=worker.name, endpoint=worker.endpoint, epoch=worker.epoch)
             for worker in workers
         ]
         return Slot(slot_id=None, targets=targets)
 
-    async def _try(self, target: Target | Spare, execution: engine_pb2.Execution) -> Placed:
+    async def _try(
+        self, target: Target | Spare, execution: engine_pb2.Execution, sink: AnySink
+    ) -> Placed:
         link = self._links.get(target.worker, target.endpoint)
         if not link.is_up:
             await link.ready(LINK_WAIT_S)
-        sink = new_sink()
-        lane = link.start(execution, sink)
+        inlets = sink.inlets
+        if len(inlets) == 1:
+            lanes = [link.start(execution, inlets[0])]
+        else:
+            lanes = link.start_many(execution, inlets)
         try:
             async with asyncio.timeout(ACCEPT_WAIT_S):
                 input_tokens = await sink.accepted
         except TimeoutError:
-            link.abort(lane, sink)
+            _abort(link, lanes, sink)
             raise link.lost() from None
         except asyncio.CancelledError:
-            link.abort(lane, sink)
+            _abort(link, lanes, sink)
             raise
-        return Placed(link=link, lane=lane, sink=sink, input_tokens=input_tokens)
+        return Placed(link=link, lanes=lanes, sink=sink, input_tokens=input_tokens)
+
+
+def _abort(link: Link, lanes: Sequence[int], sink: AnySink) -> None:
+    for lane, inlet in zip(lanes, sink.inlets, strict=True):
+        link.abort(lane, inlet)

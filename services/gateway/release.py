@@ -34,14 +34,16 @@ class Batch:
 
     Attributes:
         progress: ordinal and output tokens of each generation whose count has grown.
+        cached: ordinal and cached input tokens of each whose first output is among it, if any.
         frames: with the reader of each.
         ended: generations whose last output is in this batch.
     """
 
-    __slots__ = ("ended", "frames", "progress")
+    __slots__ = ("cached", "ended", "frames", "progress")
 
     def __init__(self) -> None:
         self.progress: list[tuple[int, int]] = []
+        self.cached: list[tuple[int, int]] = []
         self.frames: list[tuple[Reader, Frame]] = []
         self.ended: list[Generation] = []
 
@@ -92,6 +94,8 @@ class Releaser:
 
     def _count(self, batch: Batch, ready: list[Generation]) -> None:
         try:
+            if batch.cached:
+                self._journal.prefilled(batch.cached)
             self._journal.progress(batch.progress)
         except MaasError as error:
             # What is not known to be counted may not be sent: their readers have ended with this.

@@ -5,41 +5,43 @@
 Whatever ends it - the engine, a client, a deadline, a revoked key, a lost worker - comes through
 `finish`, and the first one wins. A lost worker does not end it while another one can go on behind
 the output so far. Belongs to one event loop; needs no task of its own while output flows.
+
+What is taken from a sink, kept and made into frames is that of two kinds: plain.py for the text of
+one output, which is nearly every request, and rich_generation.py for everything else.
 """
 
 from __future__ import annotations
 
 import asyncio
-from array import array
-from collections.abc import Callable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import structlog
-from maas.inference.v1 import generation_pb2
+from maas.inference.v1 import generation_pb2, scores_pb2
 
-from libs.clock import Clock
 from libs.errors import Internal, MaasError, OutOfRange, Reason
-from libs.process import Background, Cancel
+from libs.process import Cancel
 from services.gateway import frames, metrics
 from services.gateway.attempts import Attempts
+from services.gateway.books import Books
 from services.gateway.domain import (
     Closing,
     EndCause,
     Opening,
-    Price,
     Usage,
     cause_of,
     is_movable,
 )
 from services.gateway.frames import Frame
-from services.gateway.generation import rest_of
-from services.gateway.journal import Journal
+from services.gateway.generation import Intake
 from services.gateway.placement import Placed
 from services.gateway.reader import Reader
-from services.gateway.release import Batch, Releaser
-from services.gateway.replay import ReplayLog
-from services.gateway.settlement import Settlement, Settler
-from services.gateway.slices import Hold, SliceBook
+from services.gateway.release import Batch
+from services.gateway.rich import AnySink
+from services.gateway.settlement import Settlement
+from services.gateway.slices import Hold
+from services.gateway.terms import Terms, Times
 
 log = structlog.get_logger(__name__)
 
@@ -47,64 +49,15 @@ log = structlog.get_logger(__name__)
 MOVES_MAX = 3
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Books:
-    """Where money is written down, and what every generation shares.
+class Log(Protocol):
+    """What was released, for whoever comes later."""
 
-    Attributes:
-        journal: counts, before they are released.
-        slices: what is held.
-        settler: what has ended.
-        clock: time.
-        releaser: releases output.
-        background: runs what moves generations to other workers.
-        move_wait_s: how long a generation whose worker was lost waits for another one.
-    """
-
-    journal: Journal
-    slices: SliceBook
-    settler: Settler
-    clock: Clock
-    releaser: Releaser
-    background: Background
-    move_wait_s: float
+    def clear(self) -> None:
+        """Drops everything."""
+        ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Times:
-    """Monotonic seconds of one generation.
-
-    Attributes:
-        arrived_s: the call.
-        accepted_s: the worker's acceptance.
-    """
-
-    arrived_s: float
-    accepted_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
-    """What was agreed on.
-
-    Attributes:
-        price: frozen at admission.
-        max_output_tokens: never exceeded.
-        seed: in use.
-        with_ids: readers get token ids.
-        lives_on: it goes on without a reader.
-        is_kept: its log stays for the replay window.
-    """
-
-    price: Price
-    max_output_tokens: int
-    seed: int
-    with_ids: bool
-    lives_on: bool
-    is_kept: bool
-
-
-class Generation:
+class Generation(ABC):
     """A generation from acceptance on.
 
     Attributes:
@@ -113,6 +66,8 @@ class Generation:
         times: of its admission.
         sequence: number of the last frame.
         output_tokens: released.
+        cached_input_tokens: of the prompt, that the prefix cache had; known with the first output.
+        reasoning_tokens: of output_tokens.
         readers: calls that read it or wait for its end.
         log: deltas that were released; None when nobody may come later.
         failure: why it has no result.
@@ -130,7 +85,7 @@ class Generation:
         attempts: Attempts,
         placed: Placed,
         times: Times,
-        log: ReplayLog | None,
+        log: Log | None,
         on_end: Callable[[Generation], None],
     ) -> None:
         self.opening = opening
@@ -138,6 +93,8 @@ class Generation:
         self.times = times
         self.sequence = 1
         self.output_tokens = 0
+        self.cached_input_tokens = 0
+        self.reasoning_tokens = 0
         self.readers: list[Reader] = []
         self.log = log
         self.failure: MaasError | None = None
@@ -149,14 +106,15 @@ class Generation:
         # Holds the prompt: only while another attempt may be needed.
         self._attempts: Attempts | None = attempts
         self._placed = placed
-        self._sink = placed.sink
+        self._sink: Intake = placed.sink
         self._on_end = on_end
-        self._token_ids = array("I")
-        self._end: generation_pb2.OutputEnd | None = None
+        # All output is released.
+        self._has_all = False
         self._is_complete = False
         self._is_ready = False
         # Output tokens that were released, counted and journaled before this turn.
         self._counted = 0
+        self._counted_reasoning = 0
         self._moves = 0
         self._stop_moving: Cancel | None = None
         # Journaled before the first frame; from here on the client owes the prompt.
@@ -169,24 +127,31 @@ class Generation:
     @property
     def usage(self) -> Usage:
         """Counts so far."""
-        return Usage(input_tokens=self.opening.input_tokens, output_tokens=self.output_tokens)
+        return Usage(
+            input_tokens=self.opening.input_tokens,
+            output_tokens=self.output_tokens,
+            cached_input_tokens=self.cached_input_tokens,
+            reasoning_tokens=self.reasoning_tokens,
+        )
 
     @property
     def charge(self) -> int:
         """Nanos at the frozen price for the counts so far."""
         return self.terms.price.charge(
-            input_tokens=self.opening.input_tokens, output_tokens=self.output_tokens
+            input_tokens=self.opening.input_tokens,
+            output_tokens=self.output_tokens,
+            cached_input_tokens=self.cached_input_tokens,
         )
 
-    @property
-    def end_of_output(self) -> generation_pb2.OutputEnd | None:
-        """How the output ended, once all of it is released."""
-        return self._end
+    @abstractmethod
+    def outputs(
+        self,
+    ) -> tuple[Sequence[generation_pb2.Output], scores_pb2.PromptScores | None]:
+        """Returns all outputs, whole, and the scores of the prompt, from the log.
 
-    @property
-    def token_ids(self) -> array[int]:
-        """Tokens that were released."""
-        return self._token_ids
+        Raises:
+            ValueError: the log has dropped some of it.
+        """
 
     def attach(self, reader: Reader) -> None:
         """Serves a reader until its `done` is set."""
@@ -212,6 +177,7 @@ class Generation:
         """Releases what readers can take now."""
         self._is_ready = False
         self._counted = self.output_tokens
+        self._counted_reasoning = self.reasoning_tokens
         if self._sink.failure is not None and self.cause is None and not self._has_unread():
             self._lose(self._sink.failure)
         takers = 0
@@ -259,13 +225,14 @@ class Generation:
             self.log.clear()
         if self.cause is None:
             self.output_tokens = self._counted
+            self.reasoning_tokens = self._counted_reasoning
             self.end(error, EndCause.GATEWAY_LOST)
 
     def look_after(self) -> None:
         """Sees to output that nobody takes now. Called once a while, and not for each token."""
         if self.cause is not None:
             return
-        waiting = len(self._sink.token_ids)
+        waiting = self._sink.waiting
         if self.output_tokens + waiting > self.terms.max_output_tokens:
             self._overrun()
         elif waiting and self.terms.lives_on:
@@ -275,6 +242,8 @@ class Generation:
         """Ends the execution, the hold and the record. Repeating changes nothing."""
         if self.cause is not None:
             return
+        if self.first_s is None:
+            self.cached_input_tokens = self._cached()
         books = self._books
         owed = self.charge if cause.is_charged else 0
         # First, as it asserts what is held: then another end, free of charge, is still possible.
@@ -287,7 +256,13 @@ class Generation:
         if self._stop_moving is not None:
             self._stop_moving()
         self._attempts = None
-        closing = Closing(output_tokens=self.output_tokens, cause=cause, end_time=books.clock.now())
+        closing = Closing(
+            output_tokens=self.output_tokens,
+            cause=cause,
+            end_time=books.clock.now(),
+            cached_input_tokens=self.cached_input_tokens,
+            reasoning_tokens=self.reasoning_tokens,
+        )
         try:
             books.journal.closed(self._ordinal, closing)
         except MaasError:
@@ -323,41 +298,47 @@ class Generation:
         """Returns what a reader gets next; None when it has to wait, or has all."""
         if reader.cursor < self.sequence:
             # What another reader was first to get waits for the interval of this one too.
-            is_open = self.cause is None and self._end is None and reader.cursor > 0
+            is_open = self.cause is None and not self._has_all and reader.cursor > 0
             return None if is_open and reader.is_collecting else self._replay(reader)
-        if self.cause is not None or self._end is not None or not self._sink.has_output:
+        if self.cause is not None or self._has_all or not self._sink.has_output:
             return None
         if reader.is_collecting and not self._sink.is_over:
             return None
         return self._release(batch)
 
+    @abstractmethod
     def _release(self, batch: Batch) -> Frame | None:
-        """Takes from the sink, counts, and makes the next frame."""
-        chunk = self._sink.take()
-        token_ids = chunk.token_ids
-        count = self.output_tokens + len(token_ids)
-        if count > self.terms.max_output_tokens:
-            self._overrun()
-            return None
-        if token_ids:
-            batch.progress.append((self._ordinal, count))
-            self._token_ids.extend(token_ids)
-            self.output_tokens = count
-            if self.first_s is None:
-                self.first_s = self._books.clock.monotonic_s()
-        if self.log is not None:
-            self.log.append(chunk.text, count)
-        self.sequence += 1
-        if chunk.end is not None:
-            self._end = chunk.end
-            batch.ended.append(self)
-        return frames.delta(
-            sequence=self.sequence,
-            text=chunk.text,
-            token_ids=token_ids if self.terms.with_ids else (),
-            end=chunk.end,
-            output_tokens=count,
-        )
+        """Takes from the sink, counts, and makes the next frame. On the token path."""
+
+    @abstractmethod
+    def _released(self, number: int) -> Frame | None:
+        """Makes a frame of what was released, from an entry of the log on; None if it is gone."""
+
+    @abstractmethod
+    def _suspend(self) -> Sequence[int] | None:
+        """Lets go of the sink of a lost worker.
+
+        Returns:
+            Tokens behind which another worker can go on; None when that is not possible.
+        """
+
+    @abstractmethod
+    def _new_sink(self) -> AnySink:
+        """Makes a sink for an execution that takes the place of a lost one."""
+
+    @abstractmethod
+    def _go_on_with(self, sink: AnySink) -> None:
+        """Takes the sink of such an execution, behind what is left of the one before."""
+
+    def _begin(self, batch: Batch) -> None:
+        """The first output is about to be released: from here on the cached count stands."""
+        self.first_s = self._books.clock.monotonic_s()
+        self.cached_input_tokens = self._cached()
+        if self.cached_input_tokens:
+            batch.cached.append((self._ordinal, self.cached_input_tokens))
+
+    def _cached(self) -> int:
+        return min(self._sink.cached_tokens, self.opening.input_tokens)
 
     def _has_unread(self) -> bool:
         return (
@@ -368,7 +349,7 @@ class Generation:
 
     def _release_unread(self, batch: Batch) -> None:
         """Counts what nobody takes now and keeps it for whoever comes."""
-        while self._sink.has_output and self._end is None and self.cause is None:
+        while self._sink.has_output and not self._has_all and self.cause is None:
             self._release(batch)
         if self._sink.failure is not None:
             # It ends behind what has just been released, once that is journaled.
@@ -386,22 +367,11 @@ class Generation:
             return frames.started(self, is_replay=reader.is_replay)
         if self._is_complete and cursor == self.sequence - 1:
             return frames.finished(self)
-        # Delta n of the log is frame n + 2: frame 1 is `started`.
-        replayed = self.log.read(cursor - 1) if self.log is not None else None
-        if replayed is None:
+        # Entry n of the log is frame n + 2: frame 1 is `started`.
+        frame = self._released(cursor - 1)
+        if frame is None:
             reader.fail(self.failure if self.failure is not None else self._not_kept())
-            return None
-        last = replayed.last + 2
-        is_last = self._end is not None and last == self.sequence - int(self._is_complete)
-        ids = self._token_ids[replayed.tokens_before : replayed.tokens_after]
-        return frames.delta(
-            sequence=last,
-            first_sequence=replayed.first + 2 if replayed.last > replayed.first else 0,
-            text=replayed.text,
-            token_ids=ids if self.terms.with_ids else (),
-            end=self._end if is_last else None,
-            output_tokens=replayed.tokens_after,
-        )
+        return frame
 
     def _not_kept(self) -> OutOfRange:
         return OutOfRange(
@@ -421,38 +391,42 @@ class Generation:
 
     def _lose(self, error: MaasError) -> None:
         """The execution has failed: goes on with another worker if that can help."""
-        if not is_movable(error.reason) or self._moves == MOVES_MAX:
+        token_ids = None
+        if is_movable(error.reason) and self._moves < MOVES_MAX:
+            self._sink.on_event = None
+            token_ids = self._suspend()
+        if token_ids is None:
             self.end(error, cause_of(error.reason))
             return
         self._moves += 1
-        lost = self._placed.link.worker
-        self._sink.on_event = None
-        self._sink = rest_of(self._sink)
+        # A worker that drains may still make other outputs of the same execution.
+        self._placed.abort()
         self._stop_moving = self._books.background.start(
-            self._move(lost, error), name=f"move {self.opening.generation_id}"
+            self._move(token_ids, error), name=f"move {self.opening.generation_id}"
         )
 
-    async def _move(self, lost: str, error: MaasError) -> None:
+    async def _move(self, token_ids: Sequence[int], error: MaasError) -> None:
         """Goes on with another worker. A defect ends this generation and not the process."""
         try:
-            await self._go_on(lost, error)
+            await self._go_on(token_ids, error)
         except Exception:
             log.exception("move failed", generation_id=self.opening.generation_id)
             self._stop_moving = None
             self.end(Internal("internal error"), EndCause.GATEWAY_LOST)
 
-    async def _go_on(self, lost: str, error: MaasError) -> None:
+    async def _go_on(self, token_ids: Sequence[int], error: MaasError) -> None:
         """Goes on with another worker, behind all tokens that came from the lost one."""
         assert self._attempts is not None
         books = self._books
         generation_id = self.opening.generation_id
-        rest = self._sink
-        token_ids = [*self._token_ids, *rest.token_ids]
+        lost = self._placed.link.worker
         give_up_s = books.clock.monotonic_s() + books.move_wait_s
         try:
             # A worker that neither accepts nor refuses must not hold it for longer.
             async with asyncio.timeout(books.move_wait_s):
-                placed = await self._attempts.again(token_ids, lost, give_up_s)
+                placed = await self._attempts.again(
+                    token_ids, lost, give_up_s, new_sink=self._new_sink
+                )
         except (MaasError, TimeoutError) as refusal:
             log.warning("generation lost", generation_id=generation_id, cause=str(refusal))
             self._stop_moving = None
@@ -473,9 +447,8 @@ class Generation:
             output_tokens=len(token_ids),
         )
         metrics.GENERATIONS_MOVED.inc()
-        placed.sink.adopt(self._sink)
         self._placed = placed
-        self._sink = placed.sink
+        self._go_on_with(placed.sink)
         self._sink.on_event = self.ready
         self.ready()
 

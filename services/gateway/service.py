@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from maas.inference.v1 import generation_pb2, generation_service_pb2
+from maas.inference.v1 import (
+    embedding_service_pb2,
+    generation_pb2,
+    generation_service_pb2,
+    tokenization_service_pb2,
+)
 
 from libs.errors import FieldRule, invalid_field
 from libs.rpc import Call, current_call
 from services.gateway import convert, frames
 from services.gateway.admission import Asked
+from services.gateway.embedding import Embeddings
 from services.gateway.operations import Generations
+from services.gateway.quote import Quotes
 from services.gateway.reader import Reader
 from services.gateway.ticker import Ticker
+from services.gateway.tokenization import Tokenization
 
 if TYPE_CHECKING:
     from google.protobuf.duration_pb2 import Duration
@@ -26,8 +34,9 @@ FRAME_INTERVAL_MAX_S = 1.0
 class GenerationService:
     """maas.inference.v1.GenerationService."""
 
-    def __init__(self, generations: Generations) -> None:
+    def __init__(self, generations: Generations, quotes: Quotes) -> None:
         self._generations = generations
+        self._quotes = quotes
         self._ticker = Ticker()
 
     async def StreamGenerate(
@@ -99,6 +108,68 @@ class GenerationService:
         principal = current_call().require_principal()
         self._generations.cancel(request.generation_id, principal)
         return generation_service_pb2.CancelGenerationResponse()
+
+    async def QuoteGeneration(
+        self,
+        request: generation_service_pb2.QuoteGenerationRequest,
+        context: Context,  # noqa: ARG002 - signature of grpc
+    ) -> generation_service_pb2.QuoteGenerationResponse:
+        """Says what a generation would take."""
+        return await self._quotes.quote(request.spec, current_call())
+
+    async def GetCapabilities(
+        self,
+        request: generation_service_pb2.GetCapabilitiesRequest,
+        context: Context,  # noqa: ARG002 - signature of grpc
+    ) -> generation_service_pb2.GetCapabilitiesResponse:
+        """Says what an offering can do now."""
+        return self._quotes.capabilities(request.model)
+
+
+class TokenizationService:
+    """maas.inference.v1.TokenizationService."""
+
+    def __init__(self, tokenization: Tokenization) -> None:
+        self._tokenization = tokenization
+
+    async def CountTokens(
+        self,
+        request: tokenization_service_pb2.CountTokensRequest,
+        context: Context,  # noqa: ARG002 - signature of grpc
+    ) -> tokenization_service_pb2.CountTokensResponse:
+        """Counts the tokens of a prompt."""
+        return await self._tokenization.count(request, current_call())
+
+    async def Tokenize(
+        self,
+        request: tokenization_service_pb2.TokenizeRequest,
+        context: Context,  # noqa: ARG002 - signature of grpc
+    ) -> tokenization_service_pb2.TokenizeResponse:
+        """Turns text into token ids."""
+        return await self._tokenization.tokenize(request, current_call())
+
+    async def Detokenize(
+        self,
+        request: tokenization_service_pb2.DetokenizeRequest,
+        context: Context,  # noqa: ARG002 - signature of grpc
+    ) -> tokenization_service_pb2.DetokenizeResponse:
+        """Turns token ids into text."""
+        return await self._tokenization.detokenize(request, current_call())
+
+
+class EmbeddingService:
+    """maas.inference.v1.EmbeddingService."""
+
+    def __init__(self, embeddings: Embeddings) -> None:
+        self._embeddings = embeddings
+
+    async def Embed(
+        self,
+        request: embedding_service_pb2.EmbedRequest,
+        context: Context,  # noqa: ARG002 - signature of grpc
+    ) -> embedding_service_pb2.EmbedResponse:
+        """Embeds all inputs."""
+        return await self._embeddings.embed(request, current_call())
 
 
 def _asked(

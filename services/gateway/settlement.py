@@ -17,7 +17,7 @@ import structlog
 from libs.clock import Clock
 from libs.errors import InvalidArgument, MaasError
 from services.gateway import metrics
-from services.gateway.domain import Charged, Closing, Opening, Usage
+from services.gateway.domain import Charged, Closing, Opening, usage_of
 from services.gateway.journal import Journal
 from services.gateway.slices import LEASE_MARGIN_S, SliceBook
 
@@ -117,10 +117,7 @@ class Settler:
         return Charged(
             generation_id=found.opening.generation_id,
             request_sha256=found.opening.request_sha256,
-            usage=Usage(
-                input_tokens=found.opening.input_tokens,
-                output_tokens=found.closing.output_tokens,
-            ),
+            usage=usage_of(found.opening, found.closing),
             nanos=found.owed,
         )
 

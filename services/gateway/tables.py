@@ -1,4 +1,4 @@
-"""What the gateway knows of other services' state: offerings, prices, workers.
+"""What the gateway knows of other services' state: offerings, adapters, prices, workers.
 
 Each table is fed by a watch; requests read it without waiting for anybody. When the other service
 is away the table stays as it is.
@@ -11,8 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
+from maas.common.v1.capabilities_pb2 import Capabilities
+
+from libs import capabilities
 from libs.errors import FailedPrecondition, MaasError, Reason, Unavailable, not_found, unavailable
-from services.gateway.domain import Offering, Price, price_in_force
+from services.gateway.domain import Adapter, Offering, Price, price_in_force
 
 
 class Table:
@@ -66,6 +69,55 @@ class Offerings(Table):
         return offering
 
 
+class Adapters(Table):
+    """LoRA adapters."""
+
+    def __init__(self) -> None:
+        super().__init__("catalog")
+        self._by_name: dict[str, Adapter] = {}
+        # What a new stream has listed so far: what it does not list was deleted meanwhile.
+        self._listing: dict[str, Adapter] | None = None
+
+    def apply(
+        self,
+        adapters: Iterable[Adapter],
+        deleted_names: Iterable[str],
+        *,
+        is_snapshot: bool,
+        is_complete: bool,
+    ) -> None:
+        """Takes a part of the watch.
+
+        Args:
+            adapters: that are new.
+            deleted_names: of those that are gone.
+            is_snapshot: it belongs to the first listing of a stream.
+            is_complete: it is the last part of that.
+        """
+        if is_snapshot and self._listing is None:
+            self._listing = {}
+        target = self._by_name if self._listing is None else self._listing
+        target.update((adapter.name, adapter) for adapter in adapters)
+        for name in deleted_names:
+            target.pop(name, None)
+        if is_complete and self._listing is not None:
+            self._by_name, self._listing = self._listing, None
+            self.complete()
+
+    def get(self, name: str, project: str) -> Adapter:
+        """Returns an adapter that a project may use.
+
+        Raises:
+            NotFound: there is none, or it is another project's, which looks the same.
+            Unavailable: the table was never complete.
+        """
+        adapter = self._by_name.get(name)
+        if adapter is None or adapter.project not in {"", project}:
+            self.require()
+            raise not_found(name)
+        return adapter
+
+
 class Prices(Table):
     """The price book."""
 
@@ -105,12 +157,14 @@ class Worker:
         endpoint: host:port.
         epoch: for its executions.
         model_versions: that it serves.
+        capabilities: what it can do; None when it does not say.
     """
 
     name: str
     endpoint: str
     epoch: int
     model_versions: frozenset[str]
+    capabilities: Capabilities | None = None
 
 
 class Workers(Table):
@@ -119,14 +173,32 @@ class Workers(Table):
     def __init__(self) -> None:
         super().__init__("scheduler")
         self._by_name: dict[str, Worker] = {}
+        # By model version; made when first asked for, and anew when a worker comes or goes.
+        self._capabilities: dict[str, Capabilities] = {}
 
     def put(self, worker: Worker) -> None:
         """Adds or replaces."""
         self._by_name[worker.name] = worker
+        self._capabilities.clear()
 
     def drop(self, name: str) -> None:
         """Forgets a worker that takes no work."""
         self._by_name.pop(name, None)
+        self._capabilities.clear()
+
+    def capabilities_of(self, model_version: str) -> Capabilities | None:
+        """Returns what all workers of a version can do; None while none is known that says."""
+        if model_version not in self._capabilities:
+            said = [
+                worker.capabilities
+                for worker in self.serving(model_version, set())
+                if worker.capabilities is not None
+            ]
+            # Versions that nobody serves are not remembered: there is no end of them.
+            if not said:
+                return None
+            self._capabilities[model_version] = capabilities.intersection(said)
+        return self._capabilities[model_version]
 
     def find(self, name: str) -> Worker | None:
         """Returns a worker by its name, if it takes work."""

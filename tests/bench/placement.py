@@ -35,7 +35,7 @@ from libs.process import Background
 from libs.rpc import Peer
 from libs.testing import eventually
 from services.gateway import clients
-from services.gateway.generation import Sink
+from services.gateway.generation import Inlet
 from services.gateway.links import Link, LinkPool
 from services.gateway.placement import Placer, Slot, Target, Wanted
 from services.gateway.spares import Spares
@@ -112,7 +112,7 @@ class InstantLink(Link):
         return True
 
     @override
-    def start(self, execution: engine_pb2.Execution, sink: Sink) -> int:
+    def start(self, execution: engine_pb2.Execution, sink: Inlet) -> int:
         self._over.append(execution.execution_id)
         sink.accept(1)
         return 1

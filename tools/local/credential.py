@@ -29,7 +29,7 @@ def read(path: Path) -> str:
 
 
 def create(state: State) -> None:
-    """Makes the secrets that are missing: service tokens, passwords, the administrator's key."""
+    """Makes what is missing: service tokens, passwords, the administrator's key, the caches'."""
     for service in SERVICES:
         token = state.secrets / f"{service}.token"
         if not read(token):
@@ -44,6 +44,8 @@ def create(state: State) -> None:
     if not read(admin_key_file(state)):
         key = keys.new_key(secrets.randbits(keys.ID_BITS), secrets.randbits(keys.SECRET_BITS))
         write(admin_key_file(state), f"{key.secret}\n")
+    if not read(cache_secret_file(state)):
+        write(cache_secret_file(state), f"{secrets.token_urlsafe(32)}\n")
 
 
 def password_file(state: State, role: str) -> Path:
@@ -54,6 +56,11 @@ def password_file(state: State, role: str) -> Path:
 def admin_key_file(state: State) -> Path:
     """The key that auth puts into an empty database."""
     return state.secrets / "admin_key"
+
+
+def cache_secret_file(state: State) -> Path:
+    """What gateways keep the prefix caches of tenants apart with."""
+    return state.secrets / "cache_secret"
 
 
 def tenant_key_file(state: State) -> Path:

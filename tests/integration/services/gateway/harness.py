@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from maas.common.v1.capabilities_pb2 import Capabilities
 from maas.engine.v1 import engine_pb2, engine_service_pb2
-from maas.inference.v1 import generation_pb2, generation_service_pb2
+from maas.inference.v1 import generation_pb2
 from typing_extensions import override
 
 from libs.auth import KeyTable, sha256_of
@@ -22,22 +23,35 @@ from libs.process import Background
 from libs.rpc import Server
 from libs.rpc.identity import Identity
 from libs.testing import eventually
+from services.gateway.__main__ import EMBEDDINGS, GENERATIONS, TOKENIZATION
 from services.gateway.admission import Admission, Rules
+from services.gateway.books import Books
+from services.gateway.checks import Checks
+from services.gateway.desks import Desks
+from services.gateway.embed_placement import EmbedPlacer
+from services.gateway.embedding import Embeddings
 from services.gateway.generation import Chunk, Sink
+from services.gateway.inquiries import Inquirer
 from services.gateway.journal import Journal
 from services.gateway.links import SERVICES, LinkPool
 from services.gateway.operations import Generations, Limits
 from services.gateway.placement import Placer, Target
+from services.gateway.quote import Quotes
 from services.gateway.release import Releaser
 from services.gateway.replay import Budget
-from services.gateway.running import Books
-from services.gateway.service import GenerationService
+from services.gateway.salt import Salts
+from services.gateway.service import EmbeddingService, GenerationService, TokenizationService
 from services.gateway.settlement import Settlement, Settler
 from services.gateway.slices import SliceBook
+from services.gateway.tables import Adapters as AdapterTable
+from services.gateway.tables import Offerings
 from services.gateway.tables import Worker as KnownWorker
 from services.gateway.tables import Workers as WorkerTable
+from services.gateway.tokenization import Tokenization
+from services.gateway.turnstile import Turnstile
 from tests.integration.services.gateway.client import Client
 from tests.integration.services.gateway.neighbours import (
+    ADAPTERS,
     ALICE,
     VERSION,
     Billing,
@@ -46,6 +60,7 @@ from tests.integration.services.gateway.neighbours import (
     key_table,
     tables,
 )
+from tests.integration.services.gateway.neighbours_unary import UnaryMethods
 
 if TYPE_CHECKING:
     from grpc.aio import ServicerContext
@@ -58,10 +73,11 @@ TOKEN = "ms_gateway_test"
 END = generation_pb2.OutputEnd(reason=generation_pb2.FINISH_REASON_END)
 
 
-class ScriptedWorker:
+class ScriptedWorker(UnaryMethods):
     """An EngineService whose streams the test drives."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.requests: asyncio.Queue[engine_service_pb2.ExecuteManyRequest] = asyncio.Queue()
         self.responses: asyncio.Queue[engine_pb2.StepEvents | None] = asyncio.Queue()
         self.granted = 0
@@ -187,9 +203,9 @@ class Worker(ScriptedWorker):
             engine_pb2.StepEvents(lanes=lanes, token_ids=token_ids, texts=words)
         )
 
-    def end(self, lane: int) -> None:
-        """Ends an execution well."""
-        ended = engine_pb2.Ended(lane=lane, end=END)
+    def end(self, lane: int, how: generation_pb2.OutputEnd = END) -> None:
+        """Ends an output well."""
+        ended = engine_pb2.Ended(lane=lane, end=how)
         self.responses.put_nowait(engine_pb2.StepEvents(ended=[ended]))
 
     def fail(self, lane: int, code: int, reason: str) -> None:
@@ -225,6 +241,11 @@ class World:
     endpoint: str
     client: Client
     failures: list[BaseException]
+    table: WorkerTable
+    offerings: Offerings
+    adapters: AdapterTable
+    desks: Desks
+    embeddings: Embeddings
 
     def dial(self, caller: Caller = ALICE) -> Client:
         """Makes a client with a connection of its own."""
@@ -274,6 +295,8 @@ async def gateway(
     move_wait_s: float = 1.0,
     make_journal: Callable[[Path], Journal] = Journal,
     clock: Clock | None = None,
+    capabilities: Capabilities | None = None,
+    calls_max: int = 64,
 ) -> AsyncIterator[World]:
     """Serves a gateway and its workers on loopback ports."""
     clock = clock or SystemClock()
@@ -291,7 +314,11 @@ async def gateway(
             scheduler.targets.append(Target(worker=name, endpoint=endpoint, epoch=1))
             table.put(
                 KnownWorker(
-                    name=name, endpoint=endpoint, epoch=1, model_versions=frozenset({VERSION})
+                    name=name,
+                    endpoint=endpoint,
+                    epoch=1,
+                    model_versions=frozenset({VERSION}),
+                    capabilities=capabilities,
                 )
             )
             await links.get(name, endpoint).ready(5)
@@ -325,13 +352,22 @@ async def gateway(
         )
         budget = Budget(replay_total_bytes_max)
         keys = key_table(clock)
+        adapters = AdapterTable()
+        adapters.apply(ADAPTERS, (), is_snapshot=True, is_complete=True)
+        checks = Checks(
+            offerings=offerings,
+            prices=prices,
+            adapters=adapters,
+            workers=table,
+            clock=clock,
+        )
         admission = Admission(
             instance="g1",
             rules=Rules(queue_wait_s=5.0, replay_bytes_max=replay_bytes_max),
             books=books,
             budget=budget,
-            offerings=offerings,
-            prices=prices,
+            checks=checks,
+            salts=Salts(b"secret of tests"),
             placer=Placer(
                 acquire=scheduler.acquire,
                 release=scheduler.release,
@@ -355,8 +391,42 @@ async def gateway(
         background.start(generations.watch(), name="watch generations")
         section = ServerSection(listen="127.0.0.1:0", metrics_listen="127.0.0.1:0")
         server = Server(section, Identity(keys, {}, {}), is_public=True)
-        service = generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"]
-        server.add(GenerationService(generations), service)
+        desks = Desks(TOKEN, clock)
+        background.start(desks.run(), name="desks")
+        inquirer = Inquirer(desks=desks, workers=table, clock=clock)
+        questions = Turnstile("questions", calls_max)
+        quotes = Quotes(
+            checks=checks,
+            offerings=offerings,
+            workers=table,
+            inquirer=inquirer,
+            turnstile=questions,
+        )
+        tokenization = Tokenization(
+            offerings=offerings, inquirer=inquirer, quotes=quotes, turnstile=questions
+        )
+        embeddings = Embeddings(
+            instance="g1",
+            books=books,
+            offerings=offerings,
+            prices=prices,
+            workers=table,
+            placer=EmbedPlacer(
+                acquire=scheduler.acquire,
+                release=scheduler.release,
+                workers=table,
+                links=links,
+                desks=desks,
+                queue_wait_s=5.0,
+            ),
+            turnstile=Turnstile("calls to embed", calls_max),
+            is_revoked=keys.is_revoked,
+            random_bits=secrets.randbits,
+        )
+        keys.on_revoked(embeddings.revoke)
+        server.add(GenerationService(generations, quotes), GENERATIONS)
+        server.add(TokenizationService(tokenization), TOKENIZATION)
+        server.add(EmbeddingService(embeddings), EMBEDDINGS)
         endpoint = f"127.0.0.1:{await server.start()}"
         stack.push_async_callback(server.stop, 0)
         yield World(
@@ -372,4 +442,9 @@ async def gateway(
             endpoint=endpoint,
             client=await stack.enter_async_context(Client(endpoint)),
             failures=failures,
+            table=table,
+            offerings=offerings,
+            adapters=adapters,
+            desks=desks,
+            embeddings=embeddings,
         )

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from libs.auth import KeyRecord, KeyTable, Role, new_key, sha256_of
 from libs.clock import Clock
 from libs.errors import FailedPrecondition, Reason, unavailable
-from services.gateway.domain import Charged, Offering, Price, Usage
+from services.gateway.domain import Adapter, Charged, Offering, Price, usage_of
 from services.gateway.placement import Slot, Target, Wanted
 from services.gateway.settlement import Settled, Settlement
 from services.gateway.slices import Grant
@@ -18,6 +18,20 @@ from services.gateway.tables import Offerings, Prices, no_ready_worker
 VERSION = "models/m/versions/1"
 # Of input and of output alike.
 NANOS_PER_TOKEN = 1000
+# Of input that the prefix cache had.
+NANOS_PER_CACHED_TOKEN = 100
+DIGEST = "sha256:" + 64 * "0"
+ADAPTERS = [
+    Adapter(
+        name=f"adapters/{name}", model_version=version, path=name, digest=DIGEST, project=project
+    )
+    for name, version, project in (
+        ("shared", VERSION, ""),
+        ("own", VERSION, "projects/p"),
+        ("foreign", VERSION, "projects/q"),
+        ("older", "models/m/versions/0", ""),
+    )
+]
 
 
 @dataclass
@@ -69,9 +83,7 @@ class Billing:
                 return Charged(
                     generation_id=opening.generation_id,
                     request_sha256=opening.request_sha256,
-                    usage=Usage(
-                        input_tokens=opening.input_tokens, output_tokens=closing.output_tokens
-                    ),
+                    usage=usage_of(opening, closing),
                     nanos=item.owed,
                 )
         return None
@@ -83,10 +95,12 @@ class Scheduler:
     def __init__(self) -> None:
         self.targets: list[Target] = []
         self.released: list[str] = []
+        self.asked: list[Wanted] = []
         self.is_away = False
 
     async def acquire(self, wanted: Wanted, execution_id: str, exclude: list[str]) -> Slot:
         """Gives a slot."""
+        self.asked.append(wanted)
         if self.is_away:
             raise unavailable("scheduler")
         targets = [target for target in self.targets if target.worker not in exclude]
@@ -178,6 +192,7 @@ def tables() -> tuple[Offerings, Prices]:
                 offering="offerings/m",
                 input_price=NANOS_PER_TOKEN * 10**6,
                 output_price=NANOS_PER_TOKEN * 10**6,
+                cached_input_price=NANOS_PER_CACHED_TOKEN * 10**6,
                 effective_time=datetime(2026, 1, 1, tzinfo=UTC),
             )
         ]

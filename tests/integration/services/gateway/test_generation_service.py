@@ -127,7 +127,7 @@ async def test_a_unary_call_that_is_cancelled_pays_for_its_input_only(tmp_path: 
         world.workers[0].say(execution.lane, "a", "b")
         await started(world)
         (generation,) = world.generations._running.values()
-        await eventually(lambda: len(generation._sink.token_ids) == 2)
+        await eventually(lambda: generation._sink.waiting == 2)
         await clock.rounds(3)
 
         call.cancel()

@@ -158,7 +158,7 @@ async def test_without_a_journal_replays_go_on(tmp_path: Path) -> None:
 
         reader = Reader(ALICE.key_id, write=write)
         ended.attach(reader)
-        running._sink.push("b", [1])
+        running._sink.inlets[0].push("b", [1])
         async with asyncio.timeout(5):
             await reader.done
         ended.detach(reader)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import UTC, datetime, timedelta
 
 from hypothesis import given
@@ -49,6 +50,23 @@ def test_prompt_bound_counts_the_template_for_chats_only() -> None:
 
     assert prompt_bound(text, offering()) == 52
     assert prompt_bound(chat, offering()) == 50 + 2 + 20 + 30
+
+
+def test_prompt_bound_counts_tools_and_calls_as_messages() -> None:
+    size = PromptSize(content_units=50, message_count=3, tool_count=4)
+
+    assert prompt_bound(size, offering()) == 50 + 2 + 20 + 30 + 40
+
+
+def test_cached_input_has_its_own_price() -> None:
+    half = dataclasses.replace(price("prices/p", 0), cached_input_price=50)
+    million = 10**6
+
+    counts = {"input_tokens": 3 * million, "output_tokens": million}
+    assert half.charge(**counts) == 300 + 200
+    assert half.charge(**counts, cached_input_tokens=million) == 200 + 50 + 200
+    # Without a price of its own it costs what the rest costs.
+    assert price("prices/p", 0).charge(**counts, cached_input_tokens=million) == 300 + 200
 
 
 @given(units=st.integers(0, 10**7), messages=st.integers(0, 4096))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
-from maas.inference.v1 import generation_pb2, generation_service_pb2
+from maas.inference.v1 import generation_pb2, generation_service_pb2, scores_pb2
 
 from services.gateway import frames
 
@@ -67,3 +67,50 @@ def test_a_delta_reads_as_it_was_meant(
     assert made.response == generation_service_pb2.StreamGenerateResponse(
         frame=meant
     ).SerializeToString(deterministic=True)
+
+
+@given(
+    sequence=st.integers(1, 2**64 - 1),
+    first_sequence=st.integers(0, 2**64 - 1),
+    texts=st.lists(st.text(max_size=9), max_size=4),
+    output_tokens=COUNTS,
+)
+def test_a_frame_of_encoded_deltas_reads_as_it_was_meant(
+    sequence: int, first_sequence: int, texts: list[str], output_tokens: int
+) -> None:
+    delta = generation_pb2.Delta(
+        outputs=[generation_pb2.OutputDelta(index=n, text=text) for n, text in enumerate(texts)]
+    )
+
+    made = frames.rich_delta(
+        sequence=sequence,
+        outputs=delta.SerializeToString(),
+        output_tokens=output_tokens,
+        first_sequence=first_sequence,
+    )
+
+    meant = generation_pb2.GenerationFrame(
+        sequence=sequence,
+        first_sequence=first_sequence,
+        delta=delta,
+        output_tokens=output_tokens,
+    )
+    assert generation_service_pb2.StreamGenerateResponse.FromString(made.response).frame == meant
+    assert (made.sequence, made.is_delta) == (sequence, True)
+
+
+@given(sequence=st.integers(1, 2**64 - 1), offset=st.integers(0, 2**32 - 1), output_tokens=COUNTS)
+def test_a_frame_of_prompt_scores_reads_as_it_was_meant(
+    sequence: int, offset: int, output_tokens: int
+) -> None:
+    scores = scores_pb2.PromptScores(offset=offset, scores=scores_pb2.TokenScores(token_ids=[1, 2]))
+
+    made = frames.prompt_scores(
+        sequence=sequence, scores=scores.SerializeToString(), output_tokens=output_tokens
+    )
+
+    meant = generation_pb2.GenerationFrame(
+        sequence=sequence, prompt_scores=scores, output_tokens=output_tokens
+    )
+    assert generation_service_pb2.StreamGenerateResponse.FromString(made.response).frame == meant
+    assert (made.sequence, made.is_delta) == (sequence, False)

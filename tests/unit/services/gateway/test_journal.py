@@ -244,6 +244,52 @@ def test_openings_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     assert [found for found, _ in recovered.settlements] == [opening(1)]
 
 
+def test_labels_and_end_user_survive(tmp_path: Path) -> None:
+    labelled = dataclasses.replace(opening(1), labels={"team": "a", "b": ""}, end_user="u-1")
+    first = Journal(tmp_path)
+    first.opened(labelled)
+    abandon(first)
+
+    ((found, _),) = Journal(tmp_path).recover(LATER).settlements
+
+    assert found == labelled
+
+
+def test_a_cached_count_is_recovered_with_what_was_released(tmp_path: Path) -> None:
+    first = Journal(tmp_path)
+    ordinals = [first.opened(opening(number)) for number in (1, 2)]
+    first.prefilled([(ordinals[0], 4)])
+    first.progress([(ordinal, 9) for ordinal in ordinals])
+    abandon(first)
+
+    recovered = Journal(tmp_path).recover(LATER)
+
+    cached = [end.cached_input_tokens for _, end in recovered.settlements]
+    assert cached == [4, 0]
+
+
+def test_an_end_keeps_all_of_its_counts(tmp_path: Path) -> None:
+    whole = dataclasses.replace(closing(5), cached_input_tokens=3, reasoning_tokens=2)
+    first = Journal(tmp_path)
+    ordinal = first.opened(opening(1))
+    first.closed(ordinal, whole)
+    abandon(first)
+
+    assert Journal(tmp_path).recover(LATER).settlements == [(opening(1), whole)]
+
+
+def test_ends_of_an_earlier_version_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = {"output_tokens": 5, "cause": "COMPLETED", "end_time": NOW.timestamp()}
+    monkeypatch.setattr(journal_module, "_closing_to_json", lambda _: old)
+    first = Journal(tmp_path)
+    first.closed(first.opened(opening(1)), closing(5))
+    abandon(first)
+
+    assert Journal(tmp_path).recover(LATER).settlements == [(opening(1), closing(5))]
+
+
 def test_counts_of_several_generations_are_one_write_and_each_is_found(tmp_path: Path) -> None:
     first = Journal(tmp_path)
     ordinals = [first.opened(opening(number)) for number in range(3)]

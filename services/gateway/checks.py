@@ -1,0 +1,170 @@
+"""What can be said of a request before anything is held or asked: is it right, can it be served?
+
+In order: the rules between its fields, the offering, what its workers can do, the adapter, the
+price, and the most that it can cost. All from tables that watches keep fresh; nobody is waited for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from maas.common.v1.capabilities_pb2 import Capabilities
+from maas.inference.v1 import generation_pb2, tools_pb2
+
+from libs import capabilities
+from libs.clock import Clock
+from libs.errors import (
+    FieldRule,
+    InvalidArgument,
+    Reason,
+    Violation,
+    invalid_field,
+)
+from libs.units import CURRENCY
+from services.gateway import convert, spec_rules
+from services.gateway.domain import Adapter, Offering, Price, prompt_bound
+from services.gateway.tables import Adapters, Offerings, Prices, Workers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """A request that can be served, as far as is known.
+
+    Attributes:
+        offering: that is called.
+        price: in force now.
+        adapter: to apply; None for none.
+        capabilities: of all workers that serve the offering; None while none is known.
+        count: outputs.
+        max_output_tokens: most tokens of each output.
+        most: nanos that it can cost at most: what is held for it.
+    """
+
+    offering: Offering
+    price: Price
+    adapter: Adapter | None
+    capabilities: Capabilities | None
+    count: int
+    max_output_tokens: int
+    most: int
+
+
+class Checks:
+    """Checks requests."""
+
+    def __init__(
+        self,
+        *,
+        offerings: Offerings,
+        prices: Prices,
+        adapters: Adapters,
+        workers: Workers,
+        clock: Clock,
+    ) -> None:
+        self._offerings = offerings
+        self._prices = prices
+        self._adapters = adapters
+        self._workers = workers
+        self._clock = clock
+
+    def check(self, spec: generation_pb2.GenerationSpec, project: str) -> Checked:
+        """Checks a request.
+
+        Args:
+            spec: what is asked for; within the limits of its fields.
+            project: "projects/{project}" that asks.
+
+        Raises:
+            InvalidArgument: a rule is broken, or the model cannot do it (FEATURE_UNSUPPORTED).
+            NotFound: there is no such offering, or no such adapter for this project.
+            FailedPrecondition: PRICE_MISSING.
+            Unavailable: a table was never complete.
+        """
+        spec_rules.check(spec)
+        offering = self._offerings.get(spec.model)
+        able = self._workers.capabilities_of(offering.model_version)
+        if able is not None:
+            # Without workers the placement says what is to be said.
+            _require(spec, able, offering.name)
+        adapter = self._adapter(spec, offering, project) if spec.adapter else None
+        price = self._prices.get(offering.name, self._clock.now())
+        max_output_tokens = _max_output_tokens(spec, offering)
+        count = spec_rules.count_of(spec)
+        most: int = price.charge(
+            input_tokens=prompt_bound(convert.prompt_size(spec), offering),
+            output_tokens=count * max_output_tokens,
+        )
+        if spec.HasField("max_charge"):
+            _check_max_charge(spec)
+            most = min(most, spec.max_charge.nanos)
+        return Checked(
+            offering=offering,
+            price=price,
+            adapter=adapter,
+            capabilities=able,
+            count=count,
+            max_output_tokens=max_output_tokens,
+            most=most,
+        )
+
+    def _adapter(
+        self, spec: generation_pb2.GenerationSpec, offering: Offering, project: str
+    ) -> Adapter:
+        if not spec.adapter.startswith("adapters/"):
+            raise invalid_field("spec.adapter", FieldRule.BAD_FORMAT, "must be adapters/{adapter}")
+        adapter = self._adapters.get(spec.adapter, project)
+        if adapter.model_version != offering.model_version:
+            raise invalid_field(
+                "spec.adapter",
+                FieldRule.CONFLICTING,
+                f"was made for {adapter.model_version}, and {offering.name} serves "
+                f"{offering.model_version}",
+            )
+        return adapter
+
+
+def _require(spec: generation_pb2.GenerationSpec, able: Capabilities, model: str) -> None:
+    capabilities.require(spec, able, model=model, prefix="spec")
+    if spec.tools.mode == tools_pb2.TOOL_MODE_REQUIRED and not able.strict_tools:
+        # One value of a field, of which the contract's rule for fields cannot speak.
+        description = "the model cannot be made to call a tool (strict_tools)"
+        raise InvalidArgument(
+            f"spec.tools.mode: {description}",
+            reason=Reason.FEATURE_UNSUPPORTED,
+            metadata={"model": model, "feature": "strict_tools"},
+            violations=[Violation("spec.tools.mode", FieldRule.UNSUPPORTED, description)],
+        )
+
+
+def _max_output_tokens(spec: generation_pb2.GenerationSpec, offering: Offering) -> int:
+    stop = spec.stop
+    if not stop.HasField("max_output_tokens"):
+        most = min(offering.default_max_output_tokens, offering.context_length)
+        if stop.min_output_tokens > most:
+            raise spec_rules.too_few_output_tokens(most)
+        return most
+    wanted = stop.max_output_tokens
+    if wanted > offering.context_length:
+        raise invalid_field(
+            "spec.stop.max_output_tokens",
+            FieldRule.OUT_OF_RANGE,
+            f"must be at most {offering.context_length}, the context of {offering.name}",
+        )
+    return wanted
+
+
+def _check_max_charge(spec: generation_pb2.GenerationSpec) -> None:
+    limit = spec.max_charge
+    if limit.currency_code != CURRENCY:
+        raise InvalidArgument(
+            f"spec.max_charge: prices are in {CURRENCY}",
+            reason=Reason.CURRENCY_MISMATCH,
+            metadata={"left": limit.currency_code, "right": CURRENCY},
+            violations=[
+                Violation(
+                    "spec.max_charge.currency_code", FieldRule.OUT_OF_RANGE, f"must be {CURRENCY}"
+                )
+            ],
+        )
+    if limit.nanos <= 0:
+        raise invalid_field("spec.max_charge.nanos", FieldRule.OUT_OF_RANGE, "must be above 0")
