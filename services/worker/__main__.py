@@ -63,6 +63,7 @@ async def main(config: Config) -> None:
                     chat_template=read_template(worker.chat_template),
                     tool_parser=worker.tool_parser,
                     reasoning_parser=worker.reasoning_parser,
+                    disabled=worker.disabled,
                 ),
                 bos_id=equipment.bos_id,
                 has_adapters=adapters.is_there,

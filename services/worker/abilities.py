@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NoReturn
 
 from maas.common.v1 import capabilities_pb2
@@ -24,6 +25,7 @@ def capabilities_of(
     formats: Formats,
     *,
     has_adapters: bool,
+    disabled: Collection[str] = (),
 ) -> capabilities_pb2.Capabilities:
     """Says what an engine, a chat template and the formats of a model make possible together.
 
@@ -32,12 +34,13 @@ def capabilities_of(
         template: of the model; None when it has none.
         formats: of the model's output.
         has_adapters: whether the worker knows where adapters are.
+        disabled: flags that the operator has switched off.
     """
     able = info.abilities
     kinds = able.constraints
     has_chat = template is not None
     has_tools = template is not None and template.knows_tools and formats.tools is not None
-    return capabilities_pb2.Capabilities(
+    found = capabilities_pb2.Capabilities(
         chat=has_chat,
         tool_calls=has_tools,
         strict_tools=has_tools and ConstraintKind.TOOLS in kinds,
@@ -62,6 +65,9 @@ def capabilities_of(
         prompt_cache=able.prompt_cache,
         deterministic=info.is_deterministic,
     )
+    for flag in disabled:
+        setattr(found, flag, type(getattr(found, flag))())
+    return found
 
 
 def require_able(

@@ -125,6 +125,7 @@ class Admission:
             prompt.ids,
             max_output_tokens=min(stop.max_output_tokens, affordable),
             constraint=self._constraint(execution),
+            has_cache=self._capabilities.prompt_cache,
         )
         return Work(
             requests=requests,

@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 import pydantic
 
+from libs.capabilities import FLAGS
 from libs.config import Address, Seconds, Section, ServiceConfig
 
 ToolParser = Literal["hermes", "llama3", "mistral", "none"]
@@ -61,6 +62,8 @@ class WorkerSection(Section):
             unset means that it is read off the chat template.
         reasoning_parser: format of its reasoning: "think" or "none"; unset likewise.
         adapters_dir: directory of LoRA adapters; unset means none, for engines that read files.
+        disabled: flags of Capabilities that are switched off, whatever the engine can do; a list,
+            or a text with commas.
         capacity: executions in the batch at the same time; unset means 8 for llamacpp, 256 for sim.
         max_waiting: executions that may wait beyond capacity; more are refused.
         context_length: prompt and output together, tokens; unset means the model's own, and 8192
@@ -85,6 +88,7 @@ class WorkerSection(Section):
     tool_parser: ToolParser | None = None
     reasoning_parser: ReasoningParser | None = None
     adapters_dir: Path | None = None
+    disabled: frozenset[str] = frozenset()
     capacity: int | None = pydantic.Field(default=None, ge=1, le=4096)
     max_waiting: int = pydantic.Field(default=64, ge=0, le=65_536)
     context_length: int | None = pydantic.Field(default=None, ge=2, le=1 << 24)
@@ -93,6 +97,19 @@ class WorkerSection(Section):
     abort_within: Seconds = 60.0
     adapter_within: Seconds = 30.0
     sim: SimSection = SimSection()
+
+    @pydantic.field_validator("disabled", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return value.split(",") if isinstance(value, str) else value
+
+    @pydantic.field_validator("disabled", mode="after")
+    @classmethod
+    def _require_flags(cls, value: frozenset[str]) -> frozenset[str]:
+        unknown = sorted(value.difference(FLAGS))
+        if unknown:
+            raise ValueError(f"no flag of Capabilities: {', '.join(unknown)}")
+        return value
 
     @pydantic.model_validator(mode="after")
     def _check_model(self) -> Self:

@@ -213,7 +213,7 @@ class _Finiteness:
         """
         waiting = dict(self._targets)
         while waiting:
-            # From both ends in turn, so that a chain of references takes two rounds whatever its order.
+            # From both ends in turn: a chain of references takes two rounds in either order.
             left: dict[str, object] = {}
             for name, target in reversed(waiting.items()):
                 if self._matches(target):

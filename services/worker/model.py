@@ -40,17 +40,19 @@ class Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextSettings:
-    """What is configured about a model's text; what is not, the model says itself.
+    """What is configured about a model; what is not, the model says itself.
 
     Attributes:
         chat_template: Jinja2 source that is used instead of its own; empty for none at all.
         tool_parser: format of its tool calls.
         reasoning_parser: format of its reasoning.
+        disabled: flags of Capabilities that are switched off.
     """
 
     chat_template: str | None = None
     tool_parser: ToolParser | None = None
     reasoning_parser: ReasoningParser | None = None
+    disabled: frozenset[str] = frozenset()
 
 
 def read_template(path: Path | None) -> str | None:
@@ -109,5 +111,11 @@ def make_model(
             tokenizer, pieces, template, bos_id=bos_id, context_length=info.context_length
         ),
         vocabulary=Vocabulary(tokenizer, pieces, bos_id=bos_id, context_length=info.context_length),
-        capabilities=capabilities_of(info, template, formats, has_adapters=has_adapters),
+        capabilities=capabilities_of(
+            info,
+            template,
+            formats,
+            has_adapters=has_adapters,
+            disabled=settings.disabled,
+        ),
     )

@@ -39,8 +39,17 @@ def engine_requests(
     *,
     max_output_tokens: int,
     constraint: Constraint | None,
+    has_cache: bool,
 ) -> tuple[EngineRequest, ...]:
-    """Makes the requests of all outputs; an adapter is not among what they say yet."""
+    """Makes the requests of all outputs; an adapter is not among what they say yet.
+
+    Args:
+        execution: checked.
+        prompt_ids: of its prompt.
+        max_output_tokens: of each output.
+        constraint: compiled.
+        has_cache: whether the prefix cache is read: an operator may have switched it off.
+    """
     stop, output = execution.stop, execution.output
     first = EngineRequest(
         prompt_ids=tuple(prompt_ids),
@@ -54,7 +63,7 @@ def engine_requests(
         top_logprobs=output.top_logprobs if output.return_logprobs else None,
         prompt_logprobs=output.return_prompt_logprobs,
         cache_salt=execution.cache_salt,
-        reads_cache=not execution.bypass_cache,
+        reads_cache=has_cache and not execution.bypass_cache,
         is_background=execution.priority == generation_pb2.PRIORITY_CLASS_BACKGROUND,
     )
     count = count_of(execution)

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
         with contextlib.ExitStack() as stack:
             place = options.deployment
             if place is None:
-                place = stack.enter_context(local.own_suite())
+                place = stack.enter_context(local.own_suite(options.engine))
             verdicts = asyncio.run(run(GROUPS[options.group], place, options.only, say))
     except (OptionError, local.SuiteFailure) as error:
         sys.stderr.write(f"conformance: {error}\n")

@@ -15,9 +15,13 @@ from typing import TYPE_CHECKING, TypeVar
 import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
+from maas.inference.v1 import embedding_service_pb2 as embeddings
 from maas.inference.v1 import generation_pb2
 from maas.inference.v1 import generation_service_pb2 as generations
+from maas.inference.v1 import tokenization_service_pb2 as tokenization
+from maas.inference.v1.embedding_service_pb2_grpc import EmbeddingServiceStub
 from maas.inference.v1.generation_service_pb2_grpc import GenerationServiceStub
+from maas.inference.v1.tokenization_service_pb2_grpc import TokenizationServiceStub
 
 from libs.errors import Code, Reason
 from tools.conformance.frames import Transcript
@@ -213,6 +217,49 @@ class Tenant:
         self.model = model
         self._metadata = (("authorization", f"Bearer {key}"),)
         self._stub = GenerationServiceStub(channel)
+        self._tokens = TokenizationServiceStub(channel)
+        self._embeddings = EmbeddingServiceStub(channel)
+
+    async def capabilities(self) -> generations.GetCapabilitiesResponse:
+        """What the offering can do."""
+        request = generations.GetCapabilitiesRequest(model=self.model)
+        return await self.call(self._stub.GetCapabilities, request)
+
+    async def quote(
+        self, spec: generation_pb2.GenerationSpec
+    ) -> generations.QuoteGenerationResponse:
+        """What a generation would take."""
+        request = generations.QuoteGenerationRequest(spec=spec)
+        return await self.call(self._stub.QuoteGeneration, request)
+
+    async def count(self, spec: generation_pb2.GenerationSpec) -> int:
+        """Tokens of a prompt."""
+        request = tokenization.CountTokensRequest(spec=spec)
+        return (await self.call(self._tokens.CountTokens, request)).input_tokens
+
+    async def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, without the one that every prompt begins with."""
+        request = tokenization.TokenizeRequest(
+            model=self.model, text=text, add_special_tokens=False
+        )
+        return list((await self.call(self._tokens.Tokenize, request)).token_ids)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids; they have to be whole characters."""
+        request = tokenization.DetokenizeRequest(
+            model=self.model, tokens=generation_pb2.TokenIds(ids=token_ids)
+        )
+        response = await self.call(self._tokens.Detokenize, request)
+        if response.incomplete:
+            raise Mismatch(f"{len(response.incomplete)} bytes are no whole character")
+        return response.text
+
+    async def embed(self, request: embeddings.EmbedRequest) -> embeddings.EmbedResponse:
+        """Embeds inputs; the model is this tenant's, whatever the request says."""
+        asked = embeddings.EmbedRequest()
+        asked.CopyFrom(request)
+        asked.model = self.model
+        return await self.call(self._embeddings.Embed, asked)
 
     def spec(
         self, text: str, max_output_tokens: int, *, seed: int, stops: Sequence[str] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shlex
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
 from tools.conformance.verdict import CannotShow
@@ -14,6 +15,21 @@ COMMAND_S = 60.0
 
 WorkerAction = Callable[[str], Awaitable[None]]
 """Does something to a worker, given its name: "workers/w1"."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterFile:
+    """A LoRA adapter that workers can read.
+
+    Attributes:
+        adapter_id: last part of its name.
+        path: relative to the workers' directory of adapters; empty when it was created already.
+        digest: "sha256:<hex>" of the file.
+    """
+
+    adapter_id: str
+    path: str = ""
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +49,10 @@ class Deployment:
         replay_window_s: for which frames are kept after the end.
         kill: kills a worker process at once; None when that is not allowed.
         drain: asks a worker process to stop, as SIGTERM does; None when that is not allowed.
+        catalog: host:port, for LoRA adapters; None when it is not reached.
+        adapter: a LoRA adapter of the model that exists, or can be created; None for none.
+        disabled: starts another deployment in which every capability is switched off; None where
+            that cannot be done.
     """
 
     endpoint: str
@@ -47,6 +67,9 @@ class Deployment:
     replay_window_s: float = 60.0
     kill: WorkerAction | None = None
     drain: WorkerAction | None = None
+    catalog: str | None = None
+    adapter: AdapterFile | None = None
+    disabled: Callable[[], AbstractAsyncContextManager[Deployment]] | None = None
 
 
 def shell_action(command: str) -> WorkerAction:

@@ -6,7 +6,18 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import MappingProxyType
 
-from tools.conformance import continuity, delivery, money, release
+from tools.conformance import (
+    ability,
+    constrained,
+    continuity,
+    conversation,
+    delivery,
+    money,
+    release,
+    scoring,
+    sharing,
+    vectors,
+)
 from tools.conformance.client import Refusal
 from tools.conformance.deployment import Deployment
 from tools.conformance.trial import Trial
@@ -35,7 +46,21 @@ STREAM: Mapping[str, Show] = MappingProxyType(
         "drain": continuity.drain_loses_nothing,
     }
 )
-GROUPS: Mapping[str, Mapping[str, Show]] = MappingProxyType({"stream": STREAM})
+REQUEST: Mapping[str, Show] = MappingProxyType(
+    {
+        "C-4": ability.flags_are_true,
+        "W-4": ability.bounds_are_kept,
+        "W-10": release.long_prompt_costs_nothing,
+        "W-11": conversation.conversations_are_rendered,
+        "W-12": constrained.output_matches_its_schema,
+        "W-13": scoring.outputs_share_the_prompt,
+        "W-16": vectors.vectors_are_exact,
+        "W-17": vectors.adapters_are_applied,
+        "cache": sharing.cache_is_the_tenants,
+        "bombs": sharing.bombs_are_refused,
+    }
+)
+GROUPS: Mapping[str, Mapping[str, Show]] = MappingProxyType({"stream": STREAM, "request": REQUEST})
 
 
 async def run(

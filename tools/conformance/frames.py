@@ -1,15 +1,66 @@
 """The grammar of a token stream, checked frame by frame. Pure: no gRPC, no clock.
 
-started delta* delta(end) finished       1, 2, 3, ... without a gap, over any number of calls
+started prompt_scores* delta* finished   1, 2, 3, ... without a gap, over any number of calls;
+                                         every output has one end, and nothing behind it
 """
 
 from __future__ import annotations
 
-from maas.inference.v1 import generation_pb2
+from dataclasses import dataclass, field
+
+from maas.inference.v1 import generation_pb2, scores_pb2, tools_pb2
 
 from tools.conformance.verdict import Mismatch, expect
 
 FRAME_BYTES_MAX = 256 * 1024
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a reader has of one output.
+
+    Attributes:
+        text: of the answer.
+        reasoning: its text.
+        calls: of tools, in order.
+        token_ids: so far; empty unless they were asked for.
+        scores: of its tokens, by column.
+        end: how it ended; None before that.
+    """
+
+    text: str = ""
+    reasoning: str = ""
+    calls: list[tools_pb2.ToolCall] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    scores: scores_pb2.TokenScores = field(default_factory=scores_pb2.TokenScores)
+    end: generation_pb2.OutputEnd | None = None
+
+    def add(self, delta: generation_pb2.OutputDelta) -> bool:
+        """Takes new output; returns whether there was any to see.
+
+        Raises:
+            Mismatch: it may not come here.
+        """
+        expect(self.end is None, f"output {delta.index} goes on after its end")
+        self.text += delta.text
+        self.reasoning += delta.reasoning
+        if delta.HasField("tool_call"):
+            self._add_call(delta.tool_call)
+        self.token_ids += delta.token_ids
+        self.scores.MergeFrom(delta.scores)
+        if delta.HasField("scores"):
+            # The number of alternatives is no column.
+            self.scores.top_count = delta.scores.top_count
+        if delta.HasField("end"):
+            self.end = delta.end
+        return delta.WhichOneof("content") is not None
+
+    def _add_call(self, part: tools_pb2.ToolCallDelta) -> None:
+        if part.call_index == len(self.calls):
+            expect(bool(part.id and part.name), "the first part of a tool call has no id or name")
+            self.calls.append(tools_pb2.ToolCall(id=part.id, name=part.name))
+        expect(part.call_index == len(self.calls) - 1, "parts of tool calls are out of order")
+        self.calls[-1].arguments_json += part.arguments_json
 
 
 class Transcript:
@@ -18,9 +69,8 @@ class Transcript:
     Attributes:
         started: the first frame's content; None before it.
         finished: the last frame's content; None before it.
-        end: how the output ended; None before that.
-        text: all text so far.
-        token_ids: all token ids so far; empty unless they were asked for.
+        outputs: by number.
+        prompt_scores: of all tokens of the prompt so far, by column.
         sequence: number of the last frame; 0 before the first.
         output_tokens: count of the last frame.
         frames: how many came.
@@ -36,20 +86,34 @@ class Transcript:
         """
         self._with_token_ids = with_token_ids
         self._may_merge = may_merge
-        self._texts: list[str] = []
         self.started: generation_pb2.Started | None = None
         self.finished: generation_pb2.Finished | None = None
-        self.end: generation_pb2.OutputEnd | None = None
-        self.token_ids: list[int] = []
+        self.outputs: dict[int, Outcome] = {}
+        self.prompt_scores = scores_pb2.TokenScores()
         self.sequence = 0
         self.output_tokens = 0
         self.frames = 0
         self.deltas = 0
 
     @property
+    def first(self) -> Outcome:
+        """Output 0: the only one, unless more were asked for."""
+        return self.outputs.setdefault(0, Outcome())
+
+    @property
     def text(self) -> str:
-        """All text so far."""
-        return "".join(self._texts)
+        """All text of output 0 so far."""
+        return self.first.text
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All token ids of output 0 so far; empty unless they were asked for."""
+        return self.first.token_ids
+
+    @property
+    def end(self) -> generation_pb2.OutputEnd | None:
+        """How output 0 ended; None before that."""
+        return self.first.end
 
     @property
     def generation_id(self) -> str:
@@ -88,6 +152,8 @@ class Transcript:
                 self._add_delta(frame)
             case "finished":
                 self._add_finished(frame)
+            case "prompt_scores":
+                self._add_prompt_scores(frame)
             case _:
                 raise Mismatch(f"frame {frame.sequence} says nothing")
         self.sequence = frame.sequence
@@ -124,34 +190,39 @@ class Transcript:
         expect(frame.started.input_tokens > 0, "started has no input_tokens")
         self.started = frame.started
 
+    def _add_prompt_scores(self, frame: generation_pb2.GenerationFrame) -> None:
+        number = frame.sequence
+        expect(self.started is not None, f"prompt_scores {number} came before started")
+        expect(not self.deltas, f"prompt_scores {number} came after output")
+        part, known = frame.prompt_scores, len(self.prompt_scores.token_ids)
+        expect(part.offset == known, f"prompt_scores {number} begins at {part.offset}, not {known}")
+        expect(bool(part.scores.token_ids), f"prompt_scores {number} says nothing")
+        self.prompt_scores.MergeFrom(part.scores)
+        self.prompt_scores.top_count = part.scores.top_count
+
     def _add_delta(self, frame: generation_pb2.GenerationFrame) -> None:
         number = frame.sequence
         expect(self.started is not None, f"delta {number} came before started")
-        expect(self.end is None, f"delta {number} came after the end of the output")
         outputs = frame.delta.outputs
         expect(len(outputs) > 0, f"delta {number} has no outputs")
         news = frame.output_tokens - self.output_tokens
         has_news = news > 0
-        ids: list[int] = []
+        ids = 0
         for output in outputs:
-            expect(output.index == 0, f"delta {number} is of output {output.index}")
-            expect(self.end is None, f"delta {number} goes on after the end of the output")
-            has_news |= bool(output.text)
-            self._texts.append(output.text)
-            ids += output.token_ids
-            if output.HasField("end"):
-                self.end = output.end
-        expect(has_news or self.end is not None, f"delta {number} says nothing new")
+            has_news |= self.outputs.setdefault(output.index, Outcome()).add(output)
+            has_news |= output.HasField("end")
+            ids += len(output.token_ids)
+        expect(has_news, f"delta {number} says nothing new")
         if self._with_token_ids:
-            expect(len(ids) == news, f"delta {number} counts {news} tokens and has {len(ids)} ids")
+            expect(ids == news, f"delta {number} counts {news} tokens and has {ids} ids")
         else:
             expect(not ids, f"delta {number} has token ids that nobody asked for")
-        self.token_ids += ids
         self.deltas += 1
 
     def _add_finished(self, frame: generation_pb2.GenerationFrame) -> None:
         expect(self.started is not None, "finished came before started")
-        expect(self.end is not None, "finished came before the end of the output")
+        is_over = all(output.end is not None for output in self.outputs.values())
+        expect(bool(self.outputs) and is_over, "finished came before the end of the output")
         expect(
             frame.output_tokens == self.output_tokens, "finished counts tokens that no delta had"
         )

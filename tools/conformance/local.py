@@ -1,7 +1,8 @@
-"""A suite of the kit's own: simulated engine, two workers, short limits, removed afterwards."""
+"""A suite of the kit's own: two workers, short limits, removed afterwards."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -12,12 +13,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
+from libs.capabilities import FLAGS
 from libs.postgres import cluster
 from tools.ask import read_variables
-from tools.conformance.deployment import Deployment, WorkerAction
+from tools.conformance.deployment import AdapterFile, Deployment, WorkerAction
 from tools.local.place import METRICS_OFFSET, ROOT, State
 
 STALL_LIMIT_S = 2.0
@@ -31,10 +33,17 @@ _SETTINGS = (
     f"gateway.replay_window={REPLAY_WINDOW_S:g}s",
     # Money is at rest sooner: balances are compared often.
     "gateway.slice_idle=500ms",
+)
+_SIM_SETTINGS = (
     "worker.sim.decode_base=3ms",
     # Slow enough that a worker can be found and killed while it prefills.
     "worker.sim.prefill_tokens_per_s=3000",
 )
+_SIM_ADAPTER = {
+    "adapter_id": "conformance",
+    "path": "conformance.gguf",
+    "digest": f"sha256:{1:064x}",
+}
 _SPAN = 16
 # Below the range from which systems take the numbers of outgoing connections.
 _BASES = range(20_000, 31_000, _SPAN)
@@ -46,8 +55,12 @@ class SuiteFailure(Exception):
 
 
 @contextlib.contextmanager
-def own_suite() -> Iterator[Deployment]:
+def own_suite(engine: str = "sim", settings: Sequence[str] = ()) -> Iterator[Deployment]:
     """Starts a suite in a place and on ports of its own; stopped and removed at the end.
+
+    Args:
+        engine: of its workers, as `make run` knows them.
+        settings: "section.key=value" beside the kit's own.
 
     Raises:
         SuiteFailure: it did not start.
@@ -55,8 +68,8 @@ def own_suite() -> Iterator[Deployment]:
     root = Path(tempfile.mkdtemp(prefix="maas-conformance-"))
     state = State(root)
     try:
-        _start(state)
-        yield _deployment(state)
+        _start(state, engine, settings)
+        yield _deployment(state, engine)
     finally:
         _tool("tools.down", "--state", str(root))
         if (root / "postgres").exists():
@@ -64,9 +77,23 @@ def own_suite() -> Iterator[Deployment]:
         shutil.rmtree(root)
 
 
-def _start(state: State) -> None:
-    flags = ["--engine", "sim", "--workers", str(WORKERS), "--capacity", str(CAPACITY)]
-    for setting in _SETTINGS:
+@contextlib.asynccontextmanager
+async def _disabled(engine: str) -> AsyncIterator[Deployment]:
+    """Another suite, whose operator has switched every capability off."""
+    with contextlib.ExitStack() as stack:
+        setting = f"worker.disabled={','.join(FLAGS)}"
+        # Starting one takes seconds; other tasks of the kit may go on meanwhile.
+        place = await asyncio.to_thread(stack.enter_context, own_suite(engine, [setting]))
+        yield place
+
+
+def _start(state: State, engine: str, settings: Sequence[str]) -> None:
+    flags = ["--engine", engine, "--workers", str(WORKERS)]
+    chosen = [*_SETTINGS, *settings]
+    if engine == "sim":
+        flags += ["--capacity", str(CAPACITY)]
+        chosen += _SIM_SETTINGS
+    for setting in chosen:
         flags += ["--set", setting]
     done = _tool("tools.up", "--state", str(state.root), *flags, "--detach")
     if done.returncode != 0:
@@ -107,7 +134,7 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def _deployment(state: State) -> Deployment:
+def _deployment(state: State, engine: str) -> Deployment:
     variables = read_variables(state)
     return Deployment(
         endpoint=variables["MAAS_ENDPOINT"],
@@ -121,6 +148,10 @@ def _deployment(state: State) -> Deployment:
         replay_window_s=REPLAY_WINDOW_S,
         kill=_signals(state, signal.SIGKILL),
         drain=_signals(state, signal.SIGTERM),
+        catalog=variables["MAAS_CATALOG"],
+        # The simulated engine reads no file.
+        adapter=AdapterFile(**_SIM_ADAPTER) if engine == "sim" else None,
+        disabled=lambda: _disabled(engine),
     )
 
 

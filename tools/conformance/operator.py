@@ -17,6 +17,8 @@ from maas.billing.v1 import ledger_pb2
 from maas.billing.v1 import usage_service_pb2 as usage
 from maas.billing.v1.account_service_pb2_grpc import AccountServiceStub
 from maas.billing.v1.usage_service_pb2_grpc import UsageServiceStub
+from maas.catalog.v1 import adapter_service_pb2, model_pb2
+from maas.catalog.v1.adapter_service_pb2_grpc import AdapterServiceStub
 from maas.scheduler.v1 import worker_pb2
 from maas.scheduler.v1 import worker_service_pb2 as workers
 from maas.scheduler.v1.worker_service_pb2_grpc import WorkerServiceStub
@@ -238,6 +240,24 @@ class KeyDesk:
         )
         made = await self._administrator.call(self._keys.CreateApiKey, request)
         return NewKey(made.api_key.name, made.secret)
+
+
+class AdapterDesk:
+    """Creates LoRA adapters as an administrator."""
+
+    def __init__(self, channel: grpc.aio.Channel, administrator: Tenant) -> None:
+        self._administrator = administrator
+        self._stub = AdapterServiceStub(channel)
+
+    async def create(self, adapter_id: str, adapter: model_pb2.Adapter) -> model_pb2.Adapter:
+        """Creates an adapter.
+
+        Raises:
+            Refusal: its name has other content, or there is no such model version.
+        """
+        request = adapter_service_pb2.CreateAdapterRequest(adapter_id=adapter_id, adapter=adapter)
+        response = await self._administrator.call(self._stub.CreateAdapter, request)
+        return response.adapter
 
 
 async def is_known(tenant: Tenant) -> bool:

@@ -7,8 +7,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.conformance.deployment import Deployment, shell_action
+from tools.conformance.deployment import AdapterFile, Deployment, shell_action
 from tools.conformance.features import GROUPS
+from tools.local.options import ENGINES
 
 
 class OptionError(Exception):
@@ -22,11 +23,13 @@ class Options:
     Attributes:
         group: of features.
         only: their ids; empty for all of the group.
+        engine: of the kit's own suite.
         deployment: a deployment that runs already; None for a suite of the kit's own.
     """
 
     group: str
     only: tuple[str, ...]
+    engine: str
     deployment: Deployment | None
 
 
@@ -39,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     add = found.add_argument
     add("--group", choices=sorted(GROUPS), required=True)
     add("--only", metavar="ID,...", default="", help="only these features")
+    add("--engine", choices=ENGINES, help="of the kit's own suite (sim)")
     add("--endpoint", metavar="HOST:PORT", help="of a gateway that runs already")
     add("--model", help="offering to call")
     add("--api-key-file", type=Path, help="key of a tenant with credit")
@@ -46,6 +50,8 @@ def parser() -> argparse.ArgumentParser:
     add("--admin-endpoint", metavar="HOST:PORT", help="auth: to make and revoke keys")
     add("--billing", metavar="HOST:PORT", help="balances and usage records")
     add("--scheduler", metavar="HOST:PORT", help="workers and their load")
+    add("--catalog", metavar="HOST:PORT", help="LoRA adapters")
+    add("--adapter", metavar="ID", help="a LoRA adapter of the model that exists already")
     add("--kill-worker", metavar="COMMAND", help="kills {worker} at once; run by the shell")
     add("--drain-worker", metavar="COMMAND", help="sends SIGTERM to {worker}; run by the shell")
     add("--stall-limit", type=float, default=30.0, metavar="SECONDS", help="of the gateway (30)")
@@ -66,7 +72,12 @@ def parse(arguments: Sequence[str]) -> Options:
     if unknown:
         known = ", ".join(GROUPS[found.group])
         raise OptionError(f"--only: no feature {', '.join(unknown)}; there are {known}")
-    return Options(group=found.group, only=only, deployment=_deployment(found))
+    return Options(
+        group=found.group,
+        only=only,
+        engine=found.engine or "sim",
+        deployment=_deployment(found),
+    )
 
 
 def _deployment(found: argparse.Namespace) -> Deployment | None:
@@ -78,6 +89,8 @@ def _deployment(found: argparse.Namespace) -> Deployment | None:
             "admin_endpoint",
             "billing",
             "scheduler",
+            "catalog",
+            "adapter",
             "kill_worker",
             "drain_worker",
             "ca",
@@ -87,11 +100,13 @@ def _deployment(found: argparse.Namespace) -> Deployment | None:
             flag = given[0].replace("_", "-")
             raise OptionError(f"--{flag} is for a deployment that runs already: add --endpoint")
         return None
+    if found.engine is not None:
+        raise OptionError("--engine is for the kit's own suite: drop it beside --endpoint")
     if found.model is None or found.api_key_file is None:
         raise OptionError("--endpoint needs --model and --api-key-file")
     if found.stall_limit <= 0 or found.replay_window <= 0:
         raise OptionError("--stall-limit and --replay-window must be above 0")
-    for name in ("endpoint", "admin_endpoint", "billing", "scheduler"):
+    for name in ("endpoint", "admin_endpoint", "billing", "scheduler", "catalog"):
         address = getattr(found, name)
         if address is not None and not address.rpartition(":")[2].isdecimal():
             raise OptionError(f"--{name.replace('_', '-')} must be HOST:PORT")
@@ -103,6 +118,8 @@ def _deployment(found: argparse.Namespace) -> Deployment | None:
         auth=found.admin_endpoint,
         billing=found.billing,
         scheduler=found.scheduler,
+        catalog=found.catalog,
+        adapter=None if found.adapter is None else AdapterFile(adapter_id=found.adapter),
         certificates=None if found.ca is None else _read(found.ca),
         stall_limit_s=found.stall_limit,
         replay_window_s=found.replay_window,

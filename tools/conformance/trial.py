@@ -9,8 +9,9 @@ from typing import Self
 
 import grpc
 
+from libs.errors import Code
 from tools.conformance import operator
-from tools.conformance.client import NARROW, Tenant
+from tools.conformance.client import NARROW, Refusal, Tenant
 from tools.conformance.deployment import Deployment
 from tools.conformance.verdict import CannotShow, Findings
 
@@ -37,6 +38,7 @@ class Trial:
         books: the tenant's money; None without billing's address.
         fleet: the workers; None without the scheduler's address or an administrator's key.
         desk: keys; None without auth's address or an administrator's key.
+        adapters: LoRA adapters; None without catalog's address or an administrator's key.
     """
 
     def __init__(self, deployment: Deployment) -> None:
@@ -45,6 +47,7 @@ class Trial:
         self.books: operator.Books | None = None
         self.fleet: operator.Fleet | None = None
         self.desk: operator.KeyDesk | None = None
+        self.adapters: operator.AdapterDesk | None = None
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -56,6 +59,10 @@ class Trial:
         if place.scheduler is not None and place.admin_key is not None:
             channel = await self._open(place.scheduler)
             self.fleet = operator.Fleet(channel, Tenant(channel, place.admin_key, place.model))
+        if place.catalog is not None and place.admin_key is not None:
+            channel = await self._open(place.catalog)
+            administrator = Tenant(channel, place.admin_key, place.model)
+            self.adapters = operator.AdapterDesk(channel, administrator)
         if place.auth is not None and place.admin_key is not None:
             channel = await self._open(place.auth)
             administrator = Tenant(channel, place.admin_key, place.model)
@@ -108,6 +115,16 @@ class Trial:
             raise CannotShow("needs --admin-endpoint and --admin-key-file")
         return self.desk
 
+    def require_adapters(self) -> operator.AdapterDesk:
+        """LoRA adapters.
+
+        Raises:
+            CannotShow: an address or the administrator's key is missing.
+        """
+        if self.adapters is None:
+            raise CannotShow("needs --catalog and --admin-key-file")
+        return self.adapters
+
     @asynccontextmanager
     async def tenant(
         self, key: str | None = None, *, endpoint: str | None = None, is_narrow: bool = False
@@ -141,6 +158,25 @@ class Trial:
             if not await operator.within(KEY_KNOWN_S, lambda: operator.is_known(tenant)):
                 raise CannotShow(f"a new key was not known after {KEY_KNOWN_S:g} s")
         return key
+
+    async def known(self, tenant: Tenant, adapter: str) -> None:
+        """Waits until the gateway knows an adapter that was just created.
+
+        Raises:
+            CannotShow: it does not in time.
+        """
+        spec = tenant.spec("x", 1, seed=0)
+        spec.adapter = adapter
+
+        async def is_known() -> bool:
+            try:
+                await tenant.count(spec)
+            except Refusal as refusal:
+                return refusal.code is not Code.NOT_FOUND
+            return True
+
+        if not await operator.within(KEY_KNOWN_S, is_known):
+            raise CannotShow(f"a new adapter was not known after {KEY_KNOWN_S:g} s")
 
     async def require_ready_workers(self, count: int) -> operator.Fleet:
         """Waits for idle workers that a test may kill one of.

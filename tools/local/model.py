@@ -16,6 +16,7 @@ from typing import IO
 
 from services.worker.engine.sim_tokenizer import CHAT_TEMPLATE
 from tools.local import credential
+from tools.local.place import OWN_MODEL, OWN_TEMPLATE
 
 ID_LENGTH_MAX = 63
 VERSION_LENGTH = 12
@@ -42,6 +43,7 @@ class ServedModel:
         digest: "sha256:" and 64 hexadecimal digits; empty for the simulated engine.
         file: the weights; None for the simulated engine.
         chat_template: Jinja text; empty when the file has none.
+        template_file: where it stands, when it is not that of the weights.
     """
 
     model_id: str
@@ -49,6 +51,7 @@ class ServedModel:
     digest: str
     file: Path | None
     chat_template: str
+    template_file: Path | None = None
 
     @property
     def version_name(self) -> str:
@@ -88,20 +91,26 @@ def read_model(path: Path, known: Path) -> ServedModel:
         key = f"{path} {found.st_size} {found.st_mtime_ns} {found.st_ino}"
         facts = _read_known(known)
         if key not in facts:
-            template = _read_template(path)
+            found_template = _read_template(path)
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            facts = {key: {"digest": digest, "template": template}}
+            facts = {key: {"digest": digest, "template": found_template}}
             credential.write(known, json.dumps(facts))
     except OSError as error:
         raise ModelError(f"{path}: {error.strerror or error}") from error
     digest = facts[key]["digest"]
+    if path == OWN_MODEL:
+        # Says the same where nobody asks for tools, which the file's own does not know.
+        template, template_file = OWN_TEMPLATE.read_text(encoding="utf-8"), OWN_TEMPLATE
+    else:
+        template, template_file = facts[key]["template"], None
     return ServedModel(
         model_id=model_id_of(path),
         version_id=digest[:VERSION_LENGTH],
         digest=f"sha256:{digest}",
         file=path,
-        chat_template=facts[key]["template"],
+        chat_template=template,
+        template_file=template_file,
     )
 
 

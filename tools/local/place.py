@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 TEMPLATES = ROOT / "deploy" / "config" / "local"
 ROLES = ROOT / "deploy" / "postgres" / "roles.sql"
 OWN_MODEL = ROOT / "services" / "worker" / "models" / "maas-tiny-story.gguf"
+OWN_TEMPLATE = ROOT / "services" / "worker" / "templates" / "chatml_tools.jinja"
 DATABASE = "maas"
 HOST = "127.0.0.1"
 STATEFUL = ("auth", "catalog", "billing", "scheduler")

@@ -88,6 +88,10 @@ def _worker_values(name: str, options: Options, model: ServedModel) -> dict[str,
     optional = []
     if model.file is not None:
         optional.append(f'model_path = "{quoted(str(model.file))}"')
+    if model.template_file is not None:
+        # Our small model calls tools where it has to; it was never taught to think.
+        optional.append(f'chat_template = "{quoted(str(model.template_file))}"')
+        optional.append('reasoning_parser = "none"')
     if options.capacity is not None:
         optional.append(f"capacity = {options.capacity}")
     return {

@@ -144,6 +144,7 @@ class Chooser:
         self._budget = min(BUDGET_TOKENS, most // 3)
         self._json = _Json()
         self._tokens = 0
+        self._answer_at = 0
         self._kinds_said: Counter[int] = Counter()
         # Words since anything else; the quote or bracket that came last.
         self._words = 0
@@ -160,6 +161,10 @@ class Chooser:
         self._words = self._words + 1 if is_word else 0
         if kind in _PARTNERS:
             self._opener = kind
+
+    def begin_answer(self) -> None:
+        """Hears that thoughts are over: what was said so far does not count."""
+        self._answer_at = self._tokens
 
     def choose(self, mask: Mask, *, may_end: bool) -> int | None:
         """Picks one of the tokens that may come.
@@ -191,7 +196,7 @@ class Chooser:
 
     @property
     def _is_closing(self) -> bool:
-        return self._tokens >= self._budget
+        return self._tokens - self._answer_at >= self._budget
 
     def _chance(self, below: int) -> int:
         """A number of this place, 0..below - 1."""
@@ -200,7 +205,7 @@ class Chooser:
     def _wants_end(self) -> bool:
         """Free text beside tools goes on for a few words; all else ends where it may."""
         is_text = self._kind is ConstraintKind.TOOLS and not self._kinds_said[ord("{")]
-        return not is_text or self._tokens >= min(8, self._budget)
+        return not is_text or self._tokens - self._answer_at >= min(8, self._budget)
 
     def _word(self, mask: Mask) -> int | None:
         words = self._choices.inside if self._words else self._choices.opening

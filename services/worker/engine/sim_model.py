@@ -28,7 +28,16 @@ import numpy.typing as npt
 
 from services.worker.engine.base import Sampling, TokenScores
 from services.worker.engine.matcher import Mask
-from services.worker.engine.sim_output import FIRST, INSIDE, OPENING, SimOutput, mix
+from services.worker.engine.sim_output import (
+    FIRST,
+    INSIDE,
+    OPENING,
+    Rows,
+    SimOutput,
+    Tokens,
+    mix,
+    mix_columns,
+)
 from services.worker.engine.sim_tokenizer import SimTokenizer
 
 Logits = npt.NDArray[np.float64]
@@ -147,22 +156,9 @@ class SimModel:
         """
         rows = self._output.rows(said.bases, said.positions)
         likeliest = self._output.likeliest_columns(said.model_bases, said.positions, rows)
-        totals, lifts = self._log_totals[rows, likeliest], self._lifts[rows, likeliest]
-        logits = np.where(said.tokens == likeliest, lifts, self._logits[rows, said.tokens])
-        logprobs = logits - totals
-        logprobs[:, [count is None for count in counts]] = np.nan
         most = max(count or 0 for count in counts)
-        if not most:
-            return [TokenScores(logprobs=row) for row in logprobs.tolist()]
-        ranked = self._ranked[rows][:, :, :most]
-        is_it = ranked == likeliest[:, :, np.newaxis]
-        at = np.where(is_it.any(axis=2), is_it.argmax(axis=2), most)
-        ids = np.empty_like(ranked)
-        ids[:, :, 0] = likeliest
-        is_before = np.arange(most - 1) < at[:, :, np.newaxis]
-        ids[:, :, 1:] = np.where(is_before, ranked[:, :, :-1], ranked[:, :, 1:])
-        tops = self._logits[rows[:, :, np.newaxis], ids] - totals[:, :, np.newaxis]
-        tops[:, :, 0] = lifts - totals
+        logprobs, ids, tops = self._score(rows, likeliest, said.tokens, most)
+        logprobs[:, [count is None for count in counts]] = np.nan
         unasked = np.arange(most) >= np.array([count or 0 for count in counts])[:, np.newaxis]
         ids[:, unasked] = -1
         tops[:, unasked] = -np.inf
@@ -176,6 +172,24 @@ class SimModel:
                 strict=True,
             )
         ]
+
+    def _score(
+        self, rows: Rows, likeliest: Tokens, tokens: npt.NDArray[np.int64], most: int
+    ) -> tuple[Logits, npt.NDArray[np.int64], Logits]:
+        """Returns log-probabilities, and the likeliest tokens with theirs on a further axis."""
+        totals, lifts = self._log_totals[rows, likeliest], self._lifts[rows, likeliest]
+        logits = np.where(tokens == likeliest, lifts, self._logits[rows, tokens])
+        ranked = self._ranked[rows][..., :most]
+        ids = ranked.copy()
+        if most:
+            is_it = ranked == likeliest[..., np.newaxis]
+            at = np.where(is_it.any(axis=-1), is_it.argmax(axis=-1), most)
+            is_before = np.arange(most - 1) < at[..., np.newaxis]
+            ids[..., 1:] = np.where(is_before, ranked[..., :-1], ranked[..., 1:])
+            ids[..., 0] = likeliest
+        tops = self._logits[rows[..., np.newaxis], ids] - totals[..., np.newaxis]
+        tops[..., :1] = (lifts - totals)[..., np.newaxis]
+        return logits - totals, ids, tops
 
     def draw(
         self,
@@ -230,7 +244,7 @@ class SimModel:
     def prompt_scores(
         self, prompt_ids: Sequence[int], start: int, end: int, count: int, base: int
     ) -> TokenScores:
-        """Scores some tokens of a prompt, each from the tokens before it. 3 us a token.
+        """Scores some tokens of a prompt, each from the tokens before it. 1 us a token.
 
         Args:
             prompt_ids: all of it.
@@ -239,16 +253,20 @@ class SimModel:
             count: of alternatives.
             base: 64 bits of the adapter; 0 for none.
         """
+        tokens = np.array(prompt_ids[max(0, start - 1) : end], dtype=np.int64)
+        before, tokens = tokens[:-1], tokens[1:]
+        positions = np.arange(end - len(tokens), end, dtype=np.uint64)
+        rows: Rows = np.where(before == self._full_stop, FIRST, INSIDE)
+        bases = mix_columns(base, before.astype(np.uint64) + np.uint64(1))
+        likeliest = self._output.likeliest_columns(bases, positions, rows)
+        logprobs, ids, tops = self._score(rows, likeliest, tokens, count)
         scores = TokenScores(logprobs=[], top_count=count)
-        for position in range(start, end):
-            if position == 0:
-                scores.logprobs.append(math.nan)
-                _add_top(scores, [], [])
-                continue
-            before = prompt_ids[position - 1]
-            place = self.place(mix(base, before + 1), position, before)
-            scores.logprobs.append(self.logprob(place, prompt_ids[position]))
-            _add_top(scores, *self.top(place, count))
+        if start == 0:
+            scores.logprobs.append(math.nan)
+            _add_top(scores, [], [])
+        scores.logprobs += logprobs.tolist()
+        scores.top_token_ids += ids.ravel().tolist()
+        scores.top_logprobs += tops.ravel().tolist()
         return scores
 
     def _tempered_row(self, row: int, temperature: float) -> TemperedRow:

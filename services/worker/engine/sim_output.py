@@ -187,6 +187,11 @@ def mix(base: int, position: int) -> int:
     return mixed ^ (mixed >> 31)
 
 
+def mix_columns(base: int, positions: Bases) -> Bases:
+    """Returns the 64 bits of many positions."""
+    return splitmix(np.uint64(base) + positions * _GOLDEN)
+
+
 def _inside(word: str) -> str:
     return f" {word}"
 

@@ -118,7 +118,8 @@ class Scripts:
         answer_at = self._answer_at(ids)
         if ids[: len(self._system)] != self._system or answer_at is None:
             return b""
-        functions = _functions_of(self._text(ids[: ids.index(self._turn_end)]))
+        system = ids[: ids.index(self._turn_end)] if self._turn_end in ids else ids
+        functions = _functions_of(self._text(system))
         turn_at = max((at for at in range(answer_at) if ids[at] == self._turn), default=0)
         question = self._text(ids[turn_at:answer_at]).strip()
         if not functions or not question.startswith("user"):

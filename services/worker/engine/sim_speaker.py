@@ -262,6 +262,8 @@ class Speaker:
         if not self._parts[0]:
             del self._parts[0]
             self._is_script_said = self._is_script_whole and not self._parts
+            if self._chooser is not None:
+                self._chooser.begin_answer()
 
     def _draw(self, place: Place, mask: Mask | None) -> int:
         return self._voice.model.draw(

@@ -16,7 +16,7 @@ from libs.errors import MaasError
 from tests.integration.tools.conformance.faults import Fault
 
 INPUT_NANOS, OUTPUT_NANOS = 150, 600
-_WORDS = [f" {first}{middle}{last}" for first in "bdfgk" for middle in "aeiou" for last in "lmnrt"]
+WORDS = [f" {first}{middle}{last}" for first in "bdfgk" for middle in "aeiou" for last in "lmnrt"]
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -125,7 +125,7 @@ class Running:
         self.finish(ledger_pb2.END_CAUSE_COMPLETED)
 
     def _take(self, token: int) -> None:
-        self.text += _WORDS[token]
+        self.text += WORDS[token]
         self.ids.append(token)
         self.ends.append(len(self.text))
         for stop in self.spec.stop.stop_sequences:

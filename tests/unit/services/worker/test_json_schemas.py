@@ -73,7 +73,7 @@ def nested(keyword: str, depth: int) -> str:
         ('{"$ref": "http://example.com/a.json"}', "another document"),
         ('{"items": {"$ref": "other.json#/a"}}', "another document"),
         ('{"$ref": "#/$defs/none"}', "not there"),
-        ('{"type": "objekt"}', "rules of JSON Schema at /type"),
+        ('{"type": "thing"}', "rules of JSON Schema at /type"),
         ('{"properties": {"a": {"required": "x"}}}', "at /properties/a/required"),
         ('{"multipleOf": 0}', "rules of JSON Schema"),
         ('{"multipleOf": 1000003}', "remainders"),

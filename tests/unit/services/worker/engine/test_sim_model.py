@@ -161,6 +161,32 @@ def test_prompt_scores_depend_on_what_came_before_alone() -> None:
     assert first.top_token_ids[:2] == [-1, -1]
 
 
+def test_prompt_scores_are_those_of_a_distribution() -> None:
+    """A prompt whose last token is each of the vocabulary."""
+    prompt = list(range(300, 320))
+    ends = range(TOKENIZER.vocabulary_size)
+
+    shares = [
+        math.exp(MODEL.prompt_scores([*prompt, token_id], 20, 21, 0, 5).logprobs[0])
+        for token_id in ends
+    ]
+    top = MODEL.prompt_scores([*prompt, 1], 20, 21, 4, 5)
+
+    assert math.fsum(shares) == pytest.approx(1)
+    best = sorted(ends, key=lambda token_id: -shares[token_id])[:4]
+    assert top.top_token_ids == best
+    assert [math.exp(value) for value in top.top_logprobs] == pytest.approx(
+        [shares[token_id] for token_id in best]
+    )
+
+
+def test_a_prompt_of_one_token_has_no_probabilities() -> None:
+    scores = MODEL.prompt_scores([300], 0, 1, 2, 0)
+
+    assert math.isnan(scores.logprobs[0])
+    assert scores.top_token_ids == [-1, -1]
+
+
 def test_columns_hold_what_single_tokens_have() -> None:
     bases, model_bases, counts = [BASE, BASE + 1, BASE + 2], [BASE, 77, BASE], [5, 2, None]
     steps = 60

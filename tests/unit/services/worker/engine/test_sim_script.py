@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import jinja2
 import jsonschema
 import pytest
+from llguidance import LLMatcher
 
 from libs.testing import FakeClock
-from services.worker.engine.base import EndReason, EngineRequest, Sampling
+from services.worker.engine.base import (
+    Constraint,
+    ConstraintKind,
+    EndReason,
+    EngineRequest,
+    Sampling,
+)
 from services.worker.engine.sim import FLAT_OUT, SimEngine
 from services.worker.engine.sim_tokenizer import CHAT_TEMPLATE, SimTokenizer
 
@@ -132,6 +140,25 @@ async def test_the_result_of_a_tool_gets_plain_words() -> None:
     assert (len(said), reason) == (40, EndReason.MAX_TOKENS)
 
 
+@pytest.mark.parametrize("options", [{}, {"enable_thinking": True}])
+async def test_the_result_of_a_tool_gets_a_few_words_where_calls_are_constrained(
+    options: dict[str, object],
+) -> None:
+    free = Constraint(
+        kind=ConstraintKind.TOOLS,
+        source="",
+        grammar=LLMatcher.grammar_from_lark("start: /(?s:.*)/"),
+    )
+    request = replace(ask(prompt(RESULT, tools=TOOLS, **options)), constraint=free)
+
+    said, reason = await say(request)
+
+    answer = text_of(said).rpartition("\n</think>\n\n")[2]
+    assert "<" not in answer
+    assert len(answer.split()) == 8
+    assert reason is EndReason.END_OF_SEQUENCE
+
+
 async def test_a_question_behind_a_result_gets_a_call_again() -> None:
     messages: list[Message] = [*RESULT, {"role": "assistant", "content": "Wear wool."}, USER]
 
@@ -161,12 +188,6 @@ async def test_from_every_place_of_a_script_it_goes_on_as_it_would_have() -> Non
     whole, _ = await say(request)
 
     for cut in range(0, len(whole) + 1, 3):
-        behind = EngineRequest(
-            prompt_ids=request.prompt_ids,
-            continue_ids=tuple(whole[:cut]),
-            max_output_tokens=200,
-            sampling=request.sampling,
-        )
-        rest, reason = await say(behind)
+        rest, reason = await say(replace(request, continue_ids=tuple(whole[:cut])))
         assert whole[:cut] + rest == whole
         assert reason is EndReason.END_OF_SEQUENCE
