@@ -91,22 +91,38 @@ async def _refusals(tenant: Tenant, capabilities: capabilities_pb2.Capabilities)
             continue
         number = int(getattr(capabilities, flag))
         if flag in NUMBERS:
-            await _too_many(tenant, flag, probe, number)
+            await _too_many(tenant, flag, probe, capabilities)
         elif not number:
             refusal = await refused(tenant, probe.make(tenant, 1), f"{flag} is false")
             refusal.expect(Code.INVALID_ARGUMENT, Reason.FEATURE_UNSUPPORTED, f"{flag} is false")
-            expect_equal(refusal.fields, (probe.path,), f"field of the refusal for {flag}")
-            expect_equal(refusal.metadata.get("feature"), flag, "feature of the refusal")
+            _names(refusal, flag, capabilities)
 
 
-async def _too_many(tenant: Tenant, flag: str, probe: Probe, number: int) -> None:
+def _names(refusal: Refusal, flag: str, capabilities: capabilities_pb2.Capabilities) -> None:
+    """Sees that a refusal names the field of the flag, or another that the request needs too."""
+    feature = refusal.metadata.get("feature", "")
+    expect(feature in PROBES, f"the refusal for {flag} names no feature")
+    if feature != flag:
+        is_denied = not getattr(capabilities, feature)
+        expect(is_denied, f"the refusal for {flag} names {feature}, which is true")
+    expect_equal(refusal.fields, (PROBES[feature].path,), f"field of the refusal for {flag}")
+
+
+async def _too_many(
+    tenant: Tenant, flag: str, probe: Probe, capabilities: capabilities_pb2.Capabilities
+) -> None:
     assert probe.make is not None
+    number = int(getattr(capabilities, flag))
     if flag == "max_outputs":
         number = max(number, 1)
         if number >= OUTPUTS_MAX:
             return
     refusal = await refused(tenant, probe.make(tenant, number + 1), f"{flag} is {number}")
     what = f"one more than {flag} {number}"
+    if refusal.reason == Reason.FEATURE_UNSUPPORTED.value:
+        expect(not number, f"{what}: expected a bound, got {refusal}")
+        _names(refusal, flag, capabilities)
+        return
     expect(refusal.code is Code.INVALID_ARGUMENT, f"{what}: expected INVALID_ARGUMENT: {refusal}")
     expect(probe.path in refusal.fields, f"{what}: expected {probe.path}, got {refusal.fields}")
 

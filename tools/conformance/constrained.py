@@ -70,7 +70,9 @@ async def _random_schemas(tenants: list[Tenant]) -> str:
     async def work(tenant: Tenant) -> None:
         nonlocal tokens
         for number in numbers:
-            tokens += await _one(tenant, number)
+            count = await _one(tenant, number)
+            # Not before the await: others count meanwhile.
+            tokens += count
 
     await asyncio.gather(*map(work, tenants))
     return f"{_SCHEMAS} random schemas gave {tokens} tokens of output, all valid"

@@ -20,7 +20,8 @@ from libs.capabilities import FLAGS
 from libs.postgres import cluster
 from tools.ask import read_variables
 from tools.conformance.deployment import AdapterFile, Deployment, WorkerAction
-from tools.local.place import METRICS_OFFSET, ROOT, State
+from tools.conformance.lora import write_adapter
+from tools.local.place import METRICS_OFFSET, OWN_MODEL, ROOT, State
 
 STALL_LIMIT_S = 2.0
 REPLAY_WINDOW_S = 3.0
@@ -39,11 +40,8 @@ _SIM_SETTINGS = (
     # Slow enough that a worker can be found and killed while it prefills.
     "worker.sim.prefill_tokens_per_s=3000",
 )
-_SIM_ADAPTER = {
-    "adapter_id": "conformance",
-    "path": "conformance.gguf",
-    "digest": f"sha256:{1:064x}",
-}
+_ADAPTER_ID = "conformance"
+_ADAPTER_FILE = "conformance.gguf"
 _SPAN = 16
 # Below the range from which systems take the numbers of outgoing connections.
 _BASES = range(20_000, 31_000, _SPAN)
@@ -149,10 +147,18 @@ def _deployment(state: State, engine: str) -> Deployment:
         kill=_signals(state, signal.SIGKILL),
         drain=_signals(state, signal.SIGTERM),
         catalog=variables["MAAS_CATALOG"],
-        # The simulated engine reads no file.
-        adapter=AdapterFile(**_SIM_ADAPTER) if engine == "sim" else None,
+        adapter=_adapter(state, engine),
         disabled=lambda: _disabled(engine),
     )
+
+
+def _adapter(state: State, engine: str) -> AdapterFile:
+    """Makes a LoRA adapter of the suite's model; the simulated engine reads no file."""
+    if engine == "sim":
+        digest = f"sha256:{1:064x}"
+    else:
+        digest = write_adapter(state.adapters / _ADAPTER_FILE, OWN_MODEL)
+    return AdapterFile(adapter_id=_ADAPTER_ID, path=_ADAPTER_FILE, digest=digest)
 
 
 def _signals(state: State, number: signal.Signals) -> WorkerAction:

@@ -404,6 +404,8 @@ async def _show_embed(tenant: Tenant, number: int) -> None:
 async def _show_cache(tenant: Tenant, _: int) -> None:
     spec = greedy(tenant, 4)
     spec.text = " ".join(f"{PROMPT} {number}." for number in range(16))
+    # Each worker has a cache of its own.
+    spec.cache.affinity_key = "conformance"
     first, second = await tenant.generate(spec), await tenant.generate(spec)
     expect(second.usage.cached_input_tokens > 0, "the same prompt again found nothing in the cache")
     same = list(first.outputs[0].token_ids) == list(second.outputs[0].token_ids)

@@ -59,6 +59,8 @@ def _prompt(tenant: Tenant) -> Spec:
     """A prompt that nobody has sent yet."""
     spec = greedy(tenant, 4)
     spec.text = f"{secrets.token_hex(8)} " + " ".join([PROMPT] * _PARTS)
+    # Each worker has a cache of its own.
+    spec.cache.affinity_key = "conformance"
     return spec
 
 

@@ -88,6 +88,11 @@ class State:
         return self.root / "gateway" / "journal"
 
     @property
+    def adapters(self) -> Path:
+        """LoRA files that workers may load."""
+        return self.root / "adapters"
+
+    @property
     def supervisor(self) -> Path:
         """Process id of the supervisor, which holds a lock on this file while it lives."""
         return self.root / "supervisor.pid"
@@ -115,6 +120,13 @@ class State:
         """
         self.root.mkdir(parents=True, exist_ok=True)
         self.root.chmod(0o711 if os.geteuid() == 0 else 0o700)
-        for folder in (self.config, self.secrets, self.logs, self.journal.parent, self.journal):
+        for folder in (
+            self.config,
+            self.secrets,
+            self.logs,
+            self.adapters,
+            self.journal.parent,
+            self.journal,
+        ):
             folder.mkdir(mode=0o700, exist_ok=True)
             folder.chmod(0o700)

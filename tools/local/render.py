@@ -100,6 +100,7 @@ def _worker_values(name: str, options: Options, model: ServedModel) -> dict[str,
         "metrics_listen": address(port + METRICS_OFFSET),
         "model_version": model.version_name,
         "engine": options.engine,
+        "adapters": quoted(str(options.state.adapters)),
         "optional": "\n".join(optional),
     }
 

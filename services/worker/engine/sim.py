@@ -12,8 +12,8 @@ An abort frees its place at once; its end does not wait for the step that runs.
 Plain text is looked up in columns, for all lanes at once. Whatever else is asked for, each lane's
 speaker says token by token (sim_speaker.py); what needs a grammar waits until a thread of its own
 has compiled it.
-Never: reads the system's clock or draws randomness; looks at text only for the forms of prompts that
-sim_script.py names.
+Never: reads the system's clock or draws randomness. It looks at text only for the forms of prompts
+that sim_script.py names.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class Running:
         seed = 0 if self.house.fault is Fault.SEED_IGNORED else self.spec.sampling.seed
         source = f"{self.spec.text[:40]}|{seed}|{position + self.shift}".encode()
         return int.from_bytes(hashlib.blake2b(source, digest_size=4).digest(), "little") % len(
-            _WORDS
+            WORDS
         )
 
     async def produce(self) -> None:

@@ -8,29 +8,21 @@ Real gRPC, no engine: the token at a position follows from prompt, seed and posi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import Any
 
-import grpc
 from maas.auth.v1 import api_key_service_pb2 as api_keys
 from maas.auth.v1 import tenancy_pb2
 from maas.auth.v1 import tenancy_service_pb2 as tenancy
-from maas.auth.v1.api_key_service_pb2_grpc import add_ApiKeyServiceServicer_to_server
-from maas.auth.v1.tenancy_service_pb2_grpc import add_TenancyServiceServicer_to_server
 from maas.billing.v1 import account_service_pb2 as accounts
 from maas.billing.v1 import ledger_pb2
 from maas.billing.v1 import usage_service_pb2 as usage
-from maas.billing.v1.account_service_pb2_grpc import add_AccountServiceServicer_to_server
-from maas.billing.v1.usage_service_pb2_grpc import add_UsageServiceServicer_to_server
 from maas.common.v1 import money_pb2
 from maas.engine.v1 import engine_pb2
 from maas.inference.v1 import generation_pb2
 from maas.inference.v1 import generation_service_pb2 as generations
-from maas.inference.v1.generation_service_pb2_grpc import add_GenerationServiceServicer_to_server
 from maas.scheduler.v1 import worker_pb2
 from maas.scheduler.v1 import worker_service_pb2 as workers
-from maas.scheduler.v1.worker_service_pb2_grpc import add_WorkerServiceServicer_to_server
 
 from libs.clock import SystemClock
 from libs.errors import (
@@ -49,7 +41,6 @@ from libs.errors import (
     Violation,
     invalid_field,
 )
-from libs.rpc.status import grpc_code, trailers
 from tests.integration.tools.conformance.faults import Fault
 from tests.integration.tools.conformance.running import (
     INPUT_NANOS,
@@ -58,6 +49,7 @@ from tests.integration.tools.conformance.running import (
     Running,
     Worker,
 )
+from tests.integration.tools.conformance.serving import refuse, refusing
 from tools.conformance.deployment import Deployment
 
 CONTEXT = 8000
@@ -457,56 +449,3 @@ def _cause_of_cancel(context: Any) -> ledger_pb2.EndCause.ValueType:
     left_s = context.time_remaining()
     is_late = left_s is not None and left_s < 0.05
     return ledger_pb2.END_CAUSE_DEADLINE if is_late else ledger_pb2.END_CAUSE_CLIENT_CANCELLED
-
-
-async def refuse(context: Any, error: MaasError) -> None:
-    await context.abort(grpc_code(error.code), error.message, trailers(error, "r"))
-
-
-@asynccontextmanager
-async def refusing(context: Any) -> AsyncIterator[None]:
-    """Turns an error into a status."""
-    try:
-        yield
-    except MaasError as error:
-        await refuse(context, error)
-
-
-@asynccontextmanager
-async def serving(house: StandIn) -> AsyncIterator[Deployment]:
-    """Serves it on loopback."""
-    # Every service finds its methods there, and refuses the others.
-    as_servicer: Any = Partial(house)
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-    for add in (
-        add_AccountServiceServicer_to_server,
-        add_UsageServiceServicer_to_server,
-        add_ApiKeyServiceServicer_to_server,
-        add_TenancyServiceServicer_to_server,
-        add_WorkerServiceServicer_to_server,
-        add_GenerationServiceServicer_to_server,
-    ):
-        add(as_servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    try:
-        yield house.deployment(f"127.0.0.1:{port}")
-    finally:
-        await server.stop(0)
-        for running in house.generations.values():
-            if running.task is not None:
-                running.task.cancel()
-
-
-class Partial:
-    """A servicer of any service: methods that the stand-in lacks are refused as unimplemented."""
-
-    def __init__(self, house: StandIn) -> None:
-        self._house = house
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._house, name, _unimplemented)
-
-
-async def _unimplemented(_request: Any, context: Any) -> None:
-    await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not here")

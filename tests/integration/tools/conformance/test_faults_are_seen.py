@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.integration.tools.conformance.faults import Fault
-from tests.integration.tools.conformance.stand_in import StandIn, serving
+from tests.integration.tools.conformance.serving import serving
+from tests.integration.tools.conformance.stand_in import StandIn
 from tools.conformance.features import STREAM, judge
 from tools.conformance.verdict import Kind, Verdict
 

@@ -175,6 +175,22 @@ async def test_words_of_a_user_are_no_list_of_functions() -> None:
     assert "<tool_call>" not in text_of(said)
 
 
+@pytest.mark.parametrize(
+    "listed", ["", "<tools>\n</tools>", '<tools>\n[1]\n{}\nnull\n{"function": 7}\n</tools>']
+)
+@pytest.mark.parametrize("end", ["", "<|im_end|>\n<|im_start|>user\nHello<|im_end|>"])
+async def test_lists_of_functions_that_are_none_are_left_alone(listed: str, end: str) -> None:
+    text = (
+        "<|im_start|>system\nYou may call one or more of these functions:\n"
+        f"{listed}{end}\n<|im_start|>assistant\n"
+    )
+    prompt_ids = tuple(TOKENIZER.encode(text, parse_special=True))
+
+    said, reason = await say(ask(prompt_ids, tokens=20))
+
+    assert (len(said), reason) == (20, EndReason.MAX_TOKENS)
+
+
 async def test_functions_with_a_schema_that_is_none_are_called_without_arguments() -> None:
     odd = {"type": "function", "function": {"name": "odd", "parameters": {"type": "nothing"}}}
 
