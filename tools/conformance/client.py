@@ -290,9 +290,13 @@ class Tenant:
             spec=spec, request_id=request_id, stream=options
         )
         call = self._stub.StreamGenerate(request, metadata=self._metadata, timeout=timeout_s)
-        with_ids = spec.output.return_token_ids
+        transcript = Transcript(
+            with_token_ids=spec.output.return_token_ids,
+            may_merge=may_merge,
+            outputs=spec.output.count or 1,
+        )
         try:
-            yield Reading(call, Transcript(with_token_ids=with_ids, may_merge=may_merge))
+            yield Reading(call, transcript)
         finally:
             call.cancel()
 

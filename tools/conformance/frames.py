@@ -53,7 +53,7 @@ class Outcome:
             self.scores.top_count = delta.scores.top_count
         if delta.HasField("end"):
             self.end = delta.end
-        return delta.WhichOneof("content") is not None
+        return bool(delta.text or delta.reasoning or delta.HasField("tool_call"))
 
     def _add_call(self, part: tools_pb2.ToolCallDelta) -> None:
         if part.call_index == len(self.calls):
@@ -77,18 +77,19 @@ class Transcript:
         deltas: how many of them were deltas.
     """
 
-    def __init__(self, *, with_token_ids: bool, may_merge: bool = False) -> None:
+    def __init__(self, *, with_token_ids: bool, may_merge: bool = False, outputs: int = 1) -> None:
         """Begins with nothing.
 
         Args:
             with_token_ids: the request asked for them; then every count has to be theirs.
             may_merge: the frames are replayed: several deltas may come as one.
+            outputs: how many the request asked for.
         """
         self._with_token_ids = with_token_ids
         self._may_merge = may_merge
         self.started: generation_pb2.Started | None = None
         self.finished: generation_pb2.Finished | None = None
-        self.outputs: dict[int, Outcome] = {}
+        self.outputs = {index: Outcome() for index in range(outputs)}
         self.prompt_scores = scores_pb2.TokenScores()
         self.sequence = 0
         self.output_tokens = 0
@@ -98,7 +99,7 @@ class Transcript:
     @property
     def first(self) -> Outcome:
         """Output 0: the only one, unless more were asked for."""
-        return self.outputs.setdefault(0, Outcome())
+        return self.outputs[0]
 
     @property
     def text(self) -> str:
@@ -209,7 +210,8 @@ class Transcript:
         has_news = news > 0
         ids = 0
         for output in outputs:
-            has_news |= self.outputs.setdefault(output.index, Outcome()).add(output)
+            expect(output.index in self.outputs, f"delta {number} is of output {output.index}")
+            has_news |= self.outputs[output.index].add(output)
             has_news |= output.HasField("end")
             ids += len(output.token_ids)
         expect(has_news, f"delta {number} says nothing new")
@@ -222,7 +224,7 @@ class Transcript:
     def _add_finished(self, frame: generation_pb2.GenerationFrame) -> None:
         expect(self.started is not None, "finished came before started")
         is_over = all(output.end is not None for output in self.outputs.values())
-        expect(bool(self.outputs) and is_over, "finished came before the end of the output")
+        expect(is_over, "finished came before the end of the output")
         expect(
             frame.output_tokens == self.output_tokens, "finished counts tokens that no delta had"
         )

@@ -42,6 +42,8 @@ class Probe:
 
     Attributes:
         path: of the field that a refusal names.
+        under: other flags that the request of `make` depends on, in the order of the contract's
+            fields: the first of them that is false is the one that is refused.
         show: uses the flag and looks at what comes; takes the number of a flag that is one.
         make: the request whose field depends on the flag, with the number; None where no field
             does: such a flag is information.
@@ -50,6 +52,16 @@ class Probe:
     path: str
     show: Callable[[Tenant, int], Awaitable[None]]
     make: Callable[[Tenant, int], Request] | None
+    under: tuple[str, ...] = ()
+
+
+def matches(text: str, schema: object) -> bool:
+    """Whether a text is JSON that matches a schema. Says nothing of the text: it is output."""
+    try:
+        jsonschema.validate(json.loads(text), schema)
+    except (jsonschema.ValidationError, json.JSONDecodeError, RecursionError):
+        return False
+    return True
 
 
 def greedy(tenant: Tenant, tokens: int = TOKENS) -> Spec:
@@ -144,7 +156,8 @@ async def _show_strict(tenant: Tenant, _: int) -> None:
     output = (await tenant.generate(_strict(tenant))).outputs[0]
     expect_equal(output.end.reason, generation_pb2.FINISH_REASON_TOOL_CALLS, "finish reason")
     expect_equal(len(output.tool_calls), 1, "calls")
-    jsonschema.validate(json.loads(output.tool_calls[0].arguments_json), CITY)
+    is_valid = matches(output.tool_calls[0].arguments_json, CITY)
+    expect(is_valid, "the arguments do not match their schema")
     expect(not output.text.strip(), "a required call came with text")
 
 
@@ -176,7 +189,7 @@ async def _show_json_object(tenant: Tenant, _: int) -> None:
     # Objects may be of any size: most models end theirs soon, and a beginning is allowed too.
     output = (await tenant.generate(spec)).outputs[0]
     if output.end.reason == generation_pb2.FINISH_REASON_END:
-        expect(isinstance(json.loads(output.text), dict), "the output is no JSON object")
+        expect(matches(output.text, {"type": "object"}), "the output is no JSON object")
     expect(output.text.lstrip().startswith("{"), "the output does not begin like a JSON object")
 
 
@@ -186,7 +199,7 @@ def _json_schema(tenant: Tenant, _: int = 0) -> Spec:
 
 async def _show_json_schema(tenant: Tenant, _: int) -> None:
     text = _whole(await tenant.generate(_json_schema(tenant)), "a JSON schema")
-    jsonschema.validate(json.loads(text), CITY)
+    expect(matches(text, CITY), "the output does not match its schema")
 
 
 _REGEX = r"[a-c]{3}-[0-9]{2,4}"
@@ -361,7 +374,8 @@ async def _show_top_logprobs(tenant: Tenant, number: int) -> None:
         top = list(scores.top_logprobs[place])
         expect(top == sorted(top, reverse=True), f"alternatives of token {row} are not in order")
         expect(sum(map(math.exp, top)) <= 1 + _UNIT, f"those of token {row} are more than all")
-        expect_equal(scores.top_token_ids[place][0], output.token_ids[row], "likeliest token")
+        is_first = scores.top_token_ids[place][0] == output.token_ids[row]
+        expect(is_first, f"token {row} is not the likeliest of its alternatives")
 
 
 def _prompt_logprobs(tenant: Tenant, _: int = 0) -> Spec:
@@ -423,9 +437,11 @@ async def _show_deterministic(tenant: Tenant, _: int) -> None:
 PROBES: Mapping[str, Probe] = MappingProxyType(
     {
         "chat": Probe("spec.chat", _show_chat, _chat),
-        "tool_calls": Probe("spec.tools", _show_tools, _tools),
-        "strict_tools": Probe("spec.tools.tools[0].strict", _show_strict, _strict),
-        "reasoning": Probe("spec.reasoning", _show_reasoning, _reasoning),
+        "tool_calls": Probe("spec.tools", _show_tools, _tools, ("chat",)),
+        "strict_tools": Probe(
+            "spec.tools.tools[0].strict", _show_strict, _strict, ("chat", "tool_calls")
+        ),
+        "reasoning": Probe("spec.reasoning", _show_reasoning, _reasoning, ("chat",)),
         "json_object": Probe("spec.constraint.json_object", _show_json_object, _json_object),
         "json_schema": Probe("spec.constraint.json_schema", _show_json_schema, _json_schema),
         "regex": Probe("spec.constraint.regex", _show_regex, _regex),
@@ -441,7 +457,9 @@ PROBES: Mapping[str, Probe] = MappingProxyType(
         "ignore_eos": Probe("spec.stop.ignore_eos", _show_ignore_eos, _ignore_eos),
         "max_outputs": Probe("spec.output.count", _show_count, _count),
         "logprobs": Probe("spec.output.return_logprobs", _show_logprobs, _logprobs),
-        "max_top_logprobs": Probe("spec.output.top_logprobs", _show_top_logprobs, _top_logprobs),
+        "max_top_logprobs": Probe(
+            "spec.output.top_logprobs", _show_top_logprobs, _top_logprobs, ("logprobs",)
+        ),
         "prompt_logprobs": Probe(
             "spec.output.return_prompt_logprobs", _show_prompt_logprobs, _prompt_logprobs
         ),
