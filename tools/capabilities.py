@@ -1,4 +1,4 @@
-"""Writes docs/capabilities.md: each field that not every model can serve, and which engine can.
+"""Writes docs/capabilities.md: each field of a request, and which engine serves it.
 
     python -m tools.capabilities            writes it
     python -m tools.capabilities --check    says whether it is what the engines say
@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from maas.common.v1 import capabilities_pb2
+from google.protobuf.descriptor import Descriptor
+from maas.common.v1 import capabilities_pb2, options_pb2
 from maas.inference.v1 import embedding_service_pb2, generation_pb2
 
-from libs.capabilities import FLAGS, NUMBERS, Need, needs
+from libs.capabilities import FLAGS, NUMBERS, Need
 from tools.conformance.deployment import Deployment
 from tools.conformance.local import SuiteFailure, own_suite
 from tools.conformance.trial import Trial
@@ -28,12 +29,16 @@ _HEAD = """\
 # Capabilities
 
 Made by `python -m tools.capabilities` from the contract (`needs` of each field) and from what the
-engines say; do not edit. Fields that are not listed work everywhere. Ask a deployment itself with
-`GenerationService.GetCapabilities`: the model, its chat template and the operator have a say too.
+engines say; do not edit. Ask a deployment itself with `GenerationService.GetCapabilities`: the
+model, its chat template and the operator have a say too.
 
 A request that uses a field whose flag is false is refused with INVALID_ARGUMENT /
 FEATURE_UNSUPPORTED, naming the field, before money moves; a number is the largest value.
 """
+_ROOTS = (
+    ("spec", generation_pb2.GenerationSpec.DESCRIPTOR),
+    ("EmbedRequest", embedding_service_pb2.EmbedRequest.DESCRIPTOR),
+)
 
 
 def page(found: Mapping[str, capabilities_pb2.Capabilities]) -> str:
@@ -42,24 +47,39 @@ def page(found: Mapping[str, capabilities_pb2.Capabilities]) -> str:
     Args:
         found: what each engine can do, by its name.
     """
+    fields = [need for prefix, root in _ROOTS for need in _fields(root, f"{prefix}.", "")]
+    # An embedding needs them, whatever the request says.
     fields = [
-        Need(f"spec.{need.path}", need.flag)
-        for need in needs(generation_pb2.GenerationSpec.DESCRIPTOR)
-    ]
-    fields += [
-        Need(f"EmbedRequest.{need.path}", need.flag)
-        for need in needs(embedding_service_pb2.EmbedRequest.DESCRIPTOR)
+        Need(need.path, need.flag or _EMBED_FLAG) if need.path.startswith("EmbedRequest") else need
+        for need in fields
     ]
     needed = {field.flag for field in fields}
-    lines = [_HEAD, "## Fields", ""]
-    lines += _table(["field", "flag", *found])
+    lines = [_HEAD, "## Fields", "", *_table(["field", "flag", *found])]
     lines += [
-        _row([f"`{field.path}`", f"`{field.flag}`", *_cells(field.flag, found)]) for field in fields
+        _row(
+            [f"`{field.path}`", f"`{field.flag}`" if field.flag else "", *_cells(field.flag, found)]
+        )
+        for field in fields
     ]
-    lines += ["", "## Flags that no field depends on", ""]
-    lines += _table(["flag", *found])
+    lines += ["", "## Flags that no field depends on", "", *_table(["flag", *found])]
     lines += [_row([f"`{flag}`", *_cells(flag, found)]) for flag in FLAGS if flag not in needed]
     return "\n".join(lines) + "\n"
+
+
+_EMBED_FLAG = "embedding_dimensions"
+
+
+def _fields(message: Descriptor, prefix: str, flag: str) -> Iterator[Need]:
+    """Lists what a request may hold, down to plain values, each with the nearest flag above it."""
+    for field in message.fields:
+        own = field.GetOptions().Extensions[options_pb2.rules].needs or flag
+        path = f"{prefix}{field.name}"
+        inner = field.message_type
+        is_ours = inner is not None and inner.full_name.startswith("maas.")
+        if inner is None or not is_ours or inner.GetOptions().map_entry or not inner.fields:
+            yield Need(path, own)
+        else:
+            yield from _fields(inner, f"{path}[]." if field.is_repeated else f"{path}.", own)
 
 
 def _table(header: list[str]) -> list[str]:
@@ -71,6 +91,8 @@ def _row(cells: list[str]) -> str:
 
 
 def _cells(flag: str, found: Mapping[str, capabilities_pb2.Capabilities]) -> list[str]:
+    if not flag:
+        return ["yes"] * len(found)
     values = [getattr(capabilities, flag) for capabilities in found.values()]
     return [str(value) if flag in NUMBERS else ("yes" if value else "no") for value in values]
 

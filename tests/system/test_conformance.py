@@ -6,8 +6,10 @@ import asyncio
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.system.suite import Client
-from tools.conformance.features import STREAM
+from tools.conformance.features import REQUEST, STREAM
 
 TIMEOUT_S = 300
 """Far above the minute that it takes: a busy machine may be slower."""
@@ -15,10 +17,10 @@ DISTURBING = ("U3", "S-4", "S-9", "drain")
 """Features that kill or stop workers and mostly wait: they have a suite to themselves."""
 
 
-async def run_kit(*flags: str) -> tuple[int, list[str]]:
+async def run_kit(*flags: str, group: str = "stream") -> tuple[int, list[str]]:
     """Exit code and lines of a run."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tools.conformance", "--group", "stream", *flags),
+        *(sys.executable, "-m", "tools.conformance", "--group", group, *flags),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
@@ -38,6 +40,24 @@ async def test_stream_group_passes_on_suites_of_its_own() -> None:
     assert [code for code, _ in runs] == [0, 0], "\n".join(lines)
     passed = {line.split()[1] for line in lines if line.startswith("PASS ")}
     assert passed == set(STREAM), "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("engine", "lacks"),
+    [("sim", set()), ("llamacpp", {"W-11"})],
+    ids=["sim", "llamacpp"],
+)
+async def test_request_group_passes_on_every_engine(engine: str, lacks: set[str]) -> None:
+    code, lines = await run_kit("--engine", engine, group="request")
+
+    assert code == 0, "\n".join(lines)
+    passed = {line.split()[1] for line in lines if line.startswith("PASS ")}
+    # Our small model was never taught to think: a part of W-11 cannot be shown on it.
+    assert passed == set(REQUEST) - lacks, "\n".join(lines)
+    skipped = [line for line in lines if line.startswith("SKIP ")]
+    assert [line.split("(")[0] for line in skipped] == [
+        f"SKIP {feature} reasoning: the model has none " for feature in sorted(lacks)
+    ]
 
 
 async def test_what_was_not_given_is_skipped_with_its_reason(
