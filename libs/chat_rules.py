@@ -23,6 +23,9 @@ JSON_DEPTH_MAX = 64
 VARIABLES_DEPTH_MAX = 32
 # Of all JSON texts of a request together: some milliseconds of parsing.
 JSON_VALUES_MAX = 65_536
+# Messages, parts and calls of a conversation together: each takes some microseconds wherever it is
+# looked at. Single fields would allow as many as there is room for in a request, a million.
+PIECES_MAX = 16_384
 
 Spec: TypeAlias = generation_pb2.GenerationSpec | engine_pb2.Execution
 """Whatever has a conversation, tools and reasoning, by these names."""
@@ -79,6 +82,13 @@ def check_spec(spec: Spec) -> None:
         )
 
 
+def pieces_of(chat: generation_pb2.ChatInput) -> int:
+    """Counts the messages of a conversation, and what is in them. A third of a us for each."""
+    messages = chat.messages
+    parts = sum([len(message.parts) for message in messages])
+    return len(messages) + parts + sum([len(message.tool_calls) for message in messages])
+
+
 def parse_object(text: str, *, depth_max: int = JSON_DEPTH_MAX) -> JsonObject:
     """Parses a JSON object.
 
@@ -104,6 +114,13 @@ def parse_object(text: str, *, depth_max: int = JSON_DEPTH_MAX) -> JsonObject:
 
 def _violations(spec: Spec) -> Iterator[Violation]:
     is_chat = spec.WhichOneof("input") == "chat"
+    if is_chat and pieces_of(spec.chat) > PIECES_MAX:
+        yield Violation(
+            "spec.chat.messages",
+            FieldRule.TOO_MANY,
+            f"have more than {PIECES_MAX} parts and calls, themselves counted",
+        )
+        return
     # All JSON texts of the request share one allowance.
     texts = _JsonTexts()
     if is_chat:

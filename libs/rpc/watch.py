@@ -87,6 +87,8 @@ async def follow(
     method: UnaryStreamMultiCallable[Request, Response],
     request: Request,
     apply: Callable[[Response, bool], None],
+    *,
+    on_open: Callable[[], None] = lambda: None,
 ) -> None:
     """Keeps a watch alive for ever.
 
@@ -96,11 +98,14 @@ async def follow(
         request: its request.
         apply: takes each response, and whether it belongs to the first listing of a new stream.
             Called for signs of life too: hearing anything means being up to date.
+        on_open: told of each new stream before its first response: one that broke inside its first
+            listing is followed by one that lists anew.
     """
     backoff_s = BACKOFF_MIN_S
     while True:
         try:
             async with peer.stream(method, request) as stream:
+                on_open()
                 is_snapshot = True
                 while True:
                     async with asyncio.timeout(WATCH_SILENCE_MAX_S):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 from maas.inference.v1 import (
     embedding_service_pb2,
@@ -13,7 +14,7 @@ from maas.inference.v1 import (
 
 from libs import process
 from libs.clock import SystemClock
-from libs.config import read_secret
+from libs.config import ConfigError, read_secret
 from libs.process import Background, StartError
 from libs.rpc import Peer, Server
 from libs.rpc.identity import Identity
@@ -54,7 +55,7 @@ async def main(config: Config) -> None:
             background=background,
             keys=keys,
             clock=clock,
-            cache_secret=_cache_secret(config),
+            cache_secret=cache_secret(config.gateway.cache_secret_file),
         )
         start = background.start
         start(clients.follow_offerings(catalog, gateway.offerings), name="follow offerings")
@@ -73,9 +74,21 @@ async def main(config: Config) -> None:
         await gateway.finish()
 
 
-def _cache_secret(config: Config) -> bytes:
-    file = config.gateway.cache_secret_file
-    return read_secret(file).encode() if file is not None else secrets.token_bytes(32)
+def cache_secret(file: Path | None) -> bytes:
+    """Reads the secret that keeps the prefix caches of tenants apart, or makes one.
+
+    Raises:
+        StartError: the file cannot be read or is empty.
+    """
+    if file is None:
+        return secrets.token_bytes(32)
+    try:
+        return read_secret(file).encode()
+    except ConfigError as error:
+        raise StartError(
+            f"gateway.cache_secret_file: {error}: write a random text to it, the same for all "
+            "gateways that share workers, or leave the key out"
+        ) from error
 
 
 def _open_journal(config: Config) -> Journal:

@@ -23,7 +23,7 @@ from libs.errors import (
     Unauthenticated,
 )
 from libs.units import CURRENCY
-from services.gateway import convert, forms, spec_rules
+from services.gateway import convert, forms, spec_rules, whole
 from services.gateway.attempts import Attempts
 from services.gateway.books import Books
 from services.gateway.checks import Checked, Checks
@@ -163,6 +163,7 @@ class Admission:
             if charged is not None:
                 _refuse_repeat(asked, await charged)
             self.require_key(asked)
+            _check_whole(asked, checked, placed.input_tokens)
             most = self._fit(asked, admitted, placed)
             is_kept = asked.lives_on or bool(asked.request_id)
             return form.generation(
@@ -252,6 +253,7 @@ class Admission:
     async def _hold(self, asked: Asked) -> _Admitted:
         """Checks the request and holds the most that it can cost."""
         checked = self._checks.check(asked.spec, asked.project)
+        _check_whole(asked, checked)
         hold = await self._books.slices.reserve(asked.account, checked.most)
         return _Admitted(checked=checked, hold=hold)
 
@@ -318,6 +320,17 @@ class _lookup:  # noqa: N801 - a context manager, used as a function
 
     async def _ask(self) -> Charged | None:
         return await self._find(self._asked.project, self._asked.request_id)
+
+
+def _check_whole(asked: Asked, checked: Checked, input_tokens: int = 0) -> None:
+    """Sees that a whole result can be one answer, as far as that is known."""
+    if asked.is_unary:
+        whole.check(
+            asked.spec,
+            count=checked.count,
+            max_output_tokens=checked.max_output_tokens,
+            input_tokens=input_tokens,
+        )
 
 
 def revoked() -> Unauthenticated:

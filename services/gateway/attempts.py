@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,8 @@ from services.gateway.rich import AnySink
 
 log = structlog.get_logger(__name__)
 
+# Of a public field.
+_PATH = re.compile(r"spec\.[a-z0-9_.\[\]]+")
 RETRY_S = 0.1
 RETRY_MAX_S = 1.0
 _RULES = {
@@ -161,8 +164,14 @@ class Attempts:
 
 
 def _with_field(error: InvalidArgument, default: str) -> InvalidArgument:
-    """Gives a worker's refusal the path of the field: its own, or that of the input."""
-    field = error.metadata.get("field", default)
+    """Gives a worker's refusal the path of the field: its own, or that of the input.
+
+    Some reasons have no field among their metadata; then it stands before the description.
+    """
+    field = error.metadata.get("field", "")
+    if not field:
+        head, colon, _ = error.message.partition(": ")
+        field = head if colon and _PATH.fullmatch(head) else default
     rule = _RULES.get(error.reason, FieldRule.BAD_FORMAT)
     return InvalidArgument(
         error.message,

@@ -21,8 +21,9 @@ from libs.errors import (
     invalid_field,
 )
 from libs.units import CURRENCY
-from services.gateway import convert, spec_rules
+from services.gateway import spec_rules
 from services.gateway.domain import Adapter, Offering, Price, prompt_bound
+from services.gateway.prompt_size import prompt_size
 from services.gateway.tables import Adapters, Offerings, Prices, Workers
 
 
@@ -34,7 +35,7 @@ class Checked:
         offering: that is called.
         price: in force now.
         adapter: to apply; None for none.
-        capabilities: of all workers that serve the offering; None while none is known.
+        may_reason: a worker may split reasoning from the text, be it asked to or not.
         count: outputs.
         max_output_tokens: most tokens of each output.
         most: nanos that it can cost at most: what is held for it.
@@ -43,7 +44,7 @@ class Checked:
     offering: Offering
     price: Price
     adapter: Adapter | None
-    capabilities: Capabilities | None
+    may_reason: bool
     count: int
     max_output_tokens: int
     most: int
@@ -91,7 +92,7 @@ class Checks:
         max_output_tokens = _max_output_tokens(spec, offering)
         count = spec_rules.count_of(spec)
         most: int = price.charge(
-            input_tokens=prompt_bound(convert.prompt_size(spec), offering),
+            input_tokens=prompt_bound(prompt_size(spec, offering.context_length), offering),
             output_tokens=count * max_output_tokens,
         )
         if spec.HasField("max_charge"):
@@ -101,7 +102,7 @@ class Checks:
             offering=offering,
             price=price,
             adapter=adapter,
-            capabilities=able,
+            may_reason=self._workers.may_reason(offering.model_version),
             count=count,
             max_output_tokens=max_output_tokens,
             most=most,

@@ -82,7 +82,8 @@ async def follow_adapters(peer: Peer, table: Adapters) -> None:
         )
 
     stub = adapter_service_pb2_grpc.AdapterServiceStub(peer.channel)
-    await follow(peer, stub.WatchAdapters, adapter_service_pb2.WatchAdaptersRequest(), apply)
+    request = adapter_service_pb2.WatchAdaptersRequest()
+    await follow(peer, stub.WatchAdapters, request, apply, on_open=table.begin)
 
 
 async def follow_prices(peer: Peer, table: Prices) -> None:

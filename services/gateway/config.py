@@ -37,8 +37,8 @@ class GatewaySection(Section):
         replay_window: how long after its end a generation can be resumed or repeated.
         replay_bytes_max: output kept of one stream; above it the oldest frames go. A whole result
             is kept as far as max_output_tokens lets it grow.
-        replay_total_bytes_max: output kept of all; above it new generations are refused once
-            nothing is left to drop.
+        replay_total_bytes_max: output kept of all, and more than plain text that waits for its
+            readers; above it new generations are refused once nothing is left to drop.
         move_wait: how long a generation whose worker was lost waits for another one.
         generations_max: generations at the same time; one more is refused.
         slices_max: open credit slices; one more is refused.

@@ -22,7 +22,6 @@ from services.gateway.domain import (
     Offering,
     Opening,
     Price,
-    PromptSize,
     Usage,
     usage_of,
 )
@@ -125,39 +124,6 @@ def slot_from_pb(message: placement_service_pb2.AcquireSlotResponse) -> Slot:
         ),
         start_within_s=message.start_within.seconds + message.start_within.nanos / 1e9,
     )
-
-
-def prompt_size(spec: generation_pb2.GenerationSpec) -> PromptSize:
-    """Measures a prompt before it is tokenised."""
-    match spec.WhichOneof("input"):
-        case "text":
-            return PromptSize(content_units=_size(spec.text), message_count=0)
-        case "tokens":
-            return PromptSize(content_units=len(spec.tokens.ids), message_count=0)
-        case "chat":
-            return _chat_size(spec)
-        case _:
-            return PromptSize(content_units=0, message_count=0)
-
-
-def _chat_size(spec: generation_pb2.GenerationSpec) -> PromptSize:
-    """Measures a conversation: whatever of it a template may write."""
-    messages, tools = spec.chat.messages, spec.tools.tools
-    size = _size(spec.chat.template_variables_json)
-    count = len(tools)
-    for message in messages:
-        size += sum(_size(part.text) + _size(part.reasoning) for part in message.parts)
-        size += _size(message.name) + _size(message.tool_call_id)
-        for call in message.tool_calls:
-            size += _size(call.id) + _size(call.name) + _size(call.arguments_json)
-            count += 1
-    for tool in tools:
-        size += _size(tool.name) + _size(tool.description) + _size(tool.parameters_json_schema)
-    return PromptSize(content_units=size, message_count=len(messages), tool_count=count)
-
-
-def _size(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode("utf-8"))
 
 
 def execution_to_pb(

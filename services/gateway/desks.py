@@ -50,7 +50,6 @@ ELSEWHERE = frozenset(
         Reason.WORKER_LOST,
         Reason.WORKER_DRAINING,
         Reason.QUEUE_FULL,
-        Reason.FENCED,
         Reason.RESOURCE_NOT_FOUND,
         Reason.SERVICE_UNAVAILABLE,
     }
@@ -171,8 +170,10 @@ def _for_caller(error: MaasError, worker: str, field: str) -> MaasError:
     """Turns what came of a call to a worker into what this gateway's caller may see."""
     if isinstance(error, InvalidArgument):
         return _with_path(error, field)
-    if isinstance(error, Unavailable) and error.reason is Reason.SERVICE_UNAVAILABLE:
-        # Mostly the library's words about a connection, which name an address.
+    is_away = isinstance(error, Unavailable) and error.reason is Reason.SERVICE_UNAVAILABLE
+    if is_away or error.reason is Reason.FENCED:
+        # Mostly the library's words about a connection, which name an address; or the worker is not
+        # the registration that was meant.
         return Unavailable(
             "the worker was lost",
             reason=Reason.WORKER_LOST,

@@ -278,10 +278,13 @@ class Closing:
 
 
 def usage_of(opening: Opening, closing: Closing) -> Usage:
-    """Returns the counts of a generation that has ended."""
+    """Returns the counts of a generation that has ended.
+
+    No part is more than its whole: billing refuses such a record, and then nobody would ever pay.
+    """
     return Usage(
         input_tokens=opening.input_tokens,
         output_tokens=closing.output_tokens,
-        cached_input_tokens=closing.cached_input_tokens,
-        reasoning_tokens=closing.reasoning_tokens,
+        cached_input_tokens=min(closing.cached_input_tokens, opening.input_tokens),
+        reasoning_tokens=min(closing.reasoning_tokens, closing.output_tokens),
     )

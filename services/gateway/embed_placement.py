@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import structlog
 from maas.engine.v1 import engine_service_pb2
 
-from libs.errors import DeadlineExceeded, MaasError, Reason
+from libs.errors import DeadlineExceeded, MaasError, NotFound, Reason
 from services.gateway.desks import ELSEWHERE, Desks
 from services.gateway.links import LinkPool
 from services.gateway.placement import (
@@ -149,7 +149,9 @@ class EmbedPlacer:
                 except MaasError as error:
                     if error.reason not in ELSEWHERE:
                         raise
-                    last = error
+                    if not isinstance(error, NotFound):
+                        # It has said what it no longer serves; to our caller the model is there.
+                        last = error
                     excluded.append(target.worker)
                     continue
                 is_used = True

@@ -69,8 +69,8 @@ class Form:
             on_end: told of its end.
         """
         has_log = terms.is_kept or terms.is_unary
-        # A whole result is charged, so it has to be there: max_output_tokens bound it, and one that
-        # outgrows an answer ends by that.
+        # A whole result is charged, so it has to be there: max_output_tokens bound it, and a rich
+        # one that outgrows an answer ends by that.
         bytes_max = UNBOUNDED if terms.is_unary else replay_bytes_max
         if self.rich is None:
             return PlainGeneration(
@@ -93,6 +93,7 @@ class Form:
             placed=placed,
             times=times,
             log=RichLog(budget, bytes_max) if has_log else None,
+            budget=budget,
             on_end=on_end,
         )
 
@@ -121,6 +122,4 @@ def _is_parsed(spec: generation_pb2.GenerationSpec, checked: Checked) -> bool:
     """Tells whether the worker may split reasoning or calls of tools from the text."""
     if not spec.HasField("chat"):
         return False
-    # What workers can do that are not known yet is not known either.
-    able = checked.capabilities
-    return spec_rules.has_tools(spec) or able is None or able.reasoning
+    return spec_rules.has_tools(spec) or checked.may_reason

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,10 @@ SERVICES = [engine_service_pb2.DESCRIPTOR.services_by_name["EngineService"]]
 WINDOW = 64
 RECONNECT_S = 0.1
 RECONNECT_MAX_S = 1.0
+# Executions that start with one message, and their bytes: it may hold one that is larger, but far
+# less than what a worker reads at once, as that would end everything on the stream.
 START_MAX = 256
+START_BYTES_MAX = 8 * 1024 * 1024
 
 _REASONS = {reason.value: reason for reason in Reason}
 
@@ -50,7 +54,8 @@ class Link:
         self._free: list[int] = []
         self._lanes = 0
         self._starts: list[engine_pb2.Execution] = []
-        self._aborts: list[int] = []
+        # In order; of lanes that the worker has been sent and has not ended.
+        self._aborts: dict[int, None] = {}
         self._grant = 0
         self._wake = asyncio.Event()
         self._up = asyncio.Event()
@@ -107,10 +112,25 @@ class Link:
         return lanes
 
     def abort(self, lane: int, sink: Inlet) -> None:
-        """Stops an output, if it still has that lane. Its remaining events go nowhere."""
-        if self._sinks.get(lane) is sink:
-            self._aborts.append(lane)
+        """Stops an output, if it still has that lane. Its remaining events go nowhere.
+
+        An execution that has not been sent is taken back with all of its outputs: a worker reads
+        aborts before starts, so one in the same message would be lost.
+        """
+        if self._sinks.get(lane) is sink and not self._withdraw(lane):
+            self._aborts[lane] = None
             self._wake.set()
+
+    def _withdraw(self, lane: int) -> bool:
+        for place, execution in enumerate(self._starts):
+            lanes = (execution.lane, *execution.more_lanes)
+            if lane in lanes:
+                del self._starts[place]
+                for each in lanes:
+                    del self._sinks[each]
+                    heapq.heappush(self._free, each)
+                return True
+        return False
 
     def retire(self) -> None:
         """Lets the link end with its present stream: the scheduler has lost the worker."""
@@ -160,19 +180,31 @@ class Link:
             await self._wake.wait()
             self._wake.clear()
             while self._starts or self._aborts or self._grant:
+                aborts = list(itertools.islice(self._aborts, START_MAX))
+                starts = self._next_starts()
                 request = engine_service_pb2.ExecuteManyRequest(
-                    start=self._starts[:START_MAX],
-                    abort_lanes=self._aborts[:START_MAX],
+                    start=starts,
+                    abort_lanes=aborts,
                     grant=self._grant,
                 )
-                del self._starts[:START_MAX]
-                del self._aborts[:START_MAX]
+                del self._starts[: len(starts)]
+                for lane in aborts:
+                    del self._aborts[lane]
                 self._grant = 0
                 try:
                     await stream.write(request)
                 except asyncio.InvalidStateError:
                     # The call is over; the reader knows why.
                     return
+
+    def _next_starts(self) -> list[engine_pb2.Execution]:
+        """Returns what fits into one message; one execution in any case."""
+        size = 0
+        for count, execution in enumerate(self._starts[:START_MAX]):
+            size += execution.ByteSize()
+            if size > START_BYTES_MAX and count:
+                return self._starts[:count]
+        return self._starts[:START_MAX]
 
     async def _read(self, stream: Stream) -> None:
         received = 0
@@ -232,6 +264,8 @@ class Link:
 
     def _end(self, ended: engine_pb2.Ended) -> None:
         sink = self._sinks.pop(ended.lane)
+        # Whoever has the lane next must not be stopped in its place.
+        self._aborts.pop(ended.lane, None)
         heapq.heappush(self._free, ended.lane)
         if ended.HasField("failure"):
             sink.fail(self._error_of(ended.failure))

@@ -30,6 +30,8 @@ from services.gateway.generation import (
 TEXT_BYTES_MAX = CHARACTER_BYTES_MAX * encoding.CONTENT_CHARACTERS_MAX
 # What stands around the text of a delta.
 DELTA_BYTES_MAX = 16
+# With more than this waiting, whoever owns the sink looks at it at once, and not once a while.
+ALARM_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +140,7 @@ class RichSink:
         self._token_ids: list[int] = []
         # Place in the prompt of the next token whose log-probability is wanted.
         self._prompt_next = prompt_next
+        self._is_closed = False
 
     @property
     def inlets(self) -> Sequence[Inlet]:
@@ -197,7 +200,7 @@ class RichSink:
             reasoning_tokens = shown.reasoning_tokens
             self.is_parsed = True
         contents = encoding.contents(text, shown, with_reasoning=terms.with_reasoning)
-        hidden = 0 if terms.with_reasoning else reasoning_tokens
+        hidden = 0 if terms.with_reasoning or shown is None else _hidden(shown, len(token_ids))
         if hidden and scores is not None:
             scores = encoding.scores_from(scores, hidden)
         ids: Sequence[int] = token_ids[hidden:] if terms.with_ids else ()
@@ -211,7 +214,7 @@ class RichSink:
 
     def _push_text(self, index: int, text: str, token_ids: list[int]) -> None:
         """Text alone: one delta of all that comes before it is taken."""
-        size = len(text) if text.isascii() else CHARACTER_BYTES_MAX * len(text)
+        size = len(text) if text.isascii() else len(text.encode("utf-8"))
         last = self._pieces[-1] if self._pieces else None
         if (
             last is not None
@@ -320,11 +323,23 @@ class RichSink:
         rest.adopt(self)
         return rest
 
+    def close(self) -> None:
+        """Drops what there is, and whatever still comes until the worker has heard of the end."""
+        self._is_closed = True
+        self._pieces.clear()
+        self._token_ids = []
+        self.waiting = self.waiting_bytes = 0
+        self.has_output = False
+
     def _put(self, piece: Piece) -> None:
+        if self._is_closed:
+            return
         piece.size = piece.size or len(piece.data)
         self._pieces.append(piece)
         self.waiting_bytes += piece.size
         self.has_output = True
+        if self.waiting_bytes > ALARM_BYTES and self.on_event is not None:
+            self.on_event()
 
     def _wake(self) -> None:
         if self.on_output is not None:
@@ -377,6 +392,21 @@ class _Lane:
     def fail(self, error: MaasError) -> None:
         """There will be no more output."""
         self._sink.fail(error)
+
+
+def _hidden(shown: engine_pb2.RowSegments, count: int) -> int:
+    """Returns how many tokens of a row, its first ones, belong to reasoning that is not shown.
+
+    Reasoning begins an output or does not come. Pieces of its mark may not be counted with it;
+    where a row shows nothing else, they are hidden too.
+
+    Args:
+        shown: what the row shows.
+        count: of its tokens.
+    """
+    if all(segment.HasField("reasoning") for segment in shown.segments):
+        return count
+    return shown.reasoning_tokens
 
 
 AnySink = Sink | RichSink

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from array import array
 from collections.abc import Callable, Sequence
 
 from maas.inference.v1 import generation_pb2, scores_pb2, tools_pb2
 from typing_extensions import override
 
-from libs.errors import OutOfRange
+from libs.errors import Aborted, OutOfRange, Reason
 from services.gateway import frames
 from services.gateway.attempts import Attempts
 from services.gateway.books import Books
@@ -16,16 +17,18 @@ from services.gateway.domain import EndCause, Opening
 from services.gateway.frames import Frame
 from services.gateway.placement import Placed
 from services.gateway.release import Batch
+from services.gateway.replay import Budget
 from services.gateway.rich import AnySink, RichSink
 from services.gateway.rich_encoding import append_scores
 from services.gateway.rich_log import RichLog
 from services.gateway.running import Generation
 from services.gateway.slices import Hold
 from services.gateway.terms import Terms, Times
+from services.gateway.whole import WHOLE_BYTES_MAX
 
-# Of a whole result: 4 MiB, above which clients in every language refuse an answer by default, less
-# what stands around the outputs. Text alone never comes near it; log-probabilities do.
-WHOLE_BYTES_MAX = 4 * 1024 * 1024 - 1024
+# Waits for the readers of a stream at most: more than a prompt of 128 Ki tokens comes to, with 20
+# alternatives each, which a worker sends all at once.
+WAITING_BYTES_MAX = 64 * 1024 * 1024
 
 
 class RichGeneration(Generation):
@@ -48,10 +51,14 @@ class RichGeneration(Generation):
         placed: Placed,
         times: Times,
         log: RichLog | None,
+        budget: Budget,
         on_end: Callable[[Generation], None],
     ) -> None:
         """Takes over an execution that a worker has accepted. Raises as the journal does."""
         self._rich_sink = _rich(placed.sink)
+        self._budget = budget
+        # Of the budget, for what waits.
+        self._booked = 0
         # Released; of several outputs none.
         self._token_ids = array("I")
         super().__init__(
@@ -79,9 +86,26 @@ class RichGeneration(Generation):
 
     @override
     def look_after(self) -> None:
-        """Sees to output that nobody takes now, and to results that outgrow an answer."""
+        """Sees to output that nobody takes now, and to what outgrows its bounds."""
         super().look_after()
         self._check_size()
+        self._book()
+
+    @override
+    def release_into(self, batch: Batch) -> None:
+        """Releases what readers can take now, unless it has outgrown its bounds."""
+        self._check_size()
+        super().release_into(batch)
+        self._book()
+
+    @override
+    def finish(self, cause: EndCause) -> None:
+        """Ends it, and drops what nobody is going to get. Repeating changes nothing."""
+        if self.cause is not None:
+            return
+        super().finish(cause)
+        self._rich_sink.close()
+        self._book()
 
     @override
     def _release(self, batch: Batch) -> Frame | None:
@@ -108,11 +132,6 @@ class RichGeneration(Generation):
                 sequence=self.sequence, scores=chunk.data, output_tokens=count
             )
         return frames.rich_delta(sequence=self.sequence, outputs=chunk.data, output_tokens=count)
-
-    @override
-    def _release_unread(self, batch: Batch) -> None:
-        super()._release_unread(batch)
-        self._check_size()
 
     @override
     def _released(self, number: int) -> Frame | None:
@@ -156,19 +175,48 @@ class RichGeneration(Generation):
     def _take_over(self, sink: RichSink) -> None:
         self._sink = self._rich_sink = sink
 
+    def _book(self) -> None:
+        """Counts what waits in with all that the gateway keeps."""
+        waiting = self._rich_sink.waiting_bytes
+        self._budget.used += waiting - self._booked
+        self._booked = waiting
+
     def _check_size(self) -> None:
-        """Ends what cannot be answered whole, before it takes more memory. Free of charge."""
-        if not self.terms.is_unary or self.cause is not None or self.log is None:
+        """Sees to output that becomes more than can be answered, or than may wait."""
+        if self.cause is not None:
             return
-        if self.log.payload + self._rich_sink.waiting_bytes <= WHOLE_BYTES_MAX:
-            return
-        self.end(
-            OutOfRange(
-                "the result is larger than one answer may be: ask for a stream of it",
-                metadata={"generationId": self.opening.generation_id},
-            ),
-            EndCause.GATEWAY_LOST,
+        waiting = self._rich_sink.waiting_bytes
+        if not self.terms.is_unary:
+            if waiting > WAITING_BYTES_MAX:
+                self._cut_readers()
+        elif self.log is not None and self.log.payload + waiting > WHOLE_BYTES_MAX:
+            # Before it is released: who gets nothing pays for the prompt, as if he had cancelled.
+            self.end(
+                OutOfRange(
+                    "the result is larger than one answer may be: ask for a stream of it",
+                    metadata={"generationId": self.opening.generation_id},
+                ),
+                EndCause.CLIENT_CANCELLED,
+            )
+
+    def _cut_readers(self) -> None:
+        """Ends calls that read slower than the worker writes, and what does not live without."""
+        now_s = asyncio.get_running_loop().time()
+        since = [reader.writing_since_s or now_s for reader in self.readers if reader.takes]
+        error = Aborted(
+            "the client reads too slowly",
+            reason=Reason.CONSUMER_STALLED,
+            metadata={
+                "stallSeconds": f"{now_s - min(since, default=now_s):.3g}",
+                "generationId": self.opening.generation_id,
+                "resumable": str(self.terms.lives_on).lower(),
+            },
         )
+        for reader in self.readers:
+            if reader.takes:
+                reader.fail(error)
+        if not self.terms.lives_on:
+            self.end(error, EndCause.STALLED)
 
     def _prompt_scores(self) -> scores_pb2.PromptScores | None:
         assert self.log is not None

@@ -24,6 +24,9 @@ from services.gateway.slices import LEASE_MARGIN_S, SliceBook
 log = structlog.get_logger(__name__)
 
 BATCH_MAX = 500
+# Slices that one call renews: a limit of the contract. More would be no settlement's fault, and yet
+# each would be set aside for it.
+RENEW_MAX = 1000
 BACKOFF_MAX_S = 1.0
 # Renewals a lease: one may fail and the next is still in time.
 RENEWALS = 4
@@ -173,8 +176,13 @@ class Settler:
         return True
 
     async def _settle_batch(self, batch: list[Settlement]) -> None:
-        asked_at_s = self._clock.monotonic_s()
         slice_ids = self._book.open_ids()
+        await self._settle_and_renew(batch, slice_ids[:RENEW_MAX])
+        for start in range(RENEW_MAX, len(slice_ids), RENEW_MAX):
+            await self._settle_and_renew([], slice_ids[start : start + RENEW_MAX])
+
+    async def _settle_and_renew(self, batch: list[Settlement], slice_ids: list[str]) -> None:
+        asked_at_s = self._clock.monotonic_s()
         try:
             settled = await self._settle(batch, slice_ids)
         except InvalidArgument as error:

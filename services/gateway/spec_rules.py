@@ -34,13 +34,6 @@ def check(spec: generation_pb2.GenerationSpec) -> None:
     if spec.HasField("constraint"):
         _check_constraint(spec)
     check_chat(spec)
-    is_required = spec.tools.mode == tools_pb2.TOOL_MODE_REQUIRED
-    if is_required and spec.chat.continue_last_message:
-        raise invalid_field(
-            "spec.chat.continue_last_message",
-            FieldRule.CONFLICTING,
-            "an unfinished message cannot go on with a call that is required",
-        )
 
 
 def count_of(spec: generation_pb2.GenerationSpec) -> int:

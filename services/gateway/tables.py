@@ -78,6 +78,10 @@ class Adapters(Table):
         # What a new stream has listed so far: what it does not list was deleted meanwhile.
         self._listing: dict[str, Adapter] | None = None
 
+    def begin(self) -> None:
+        """Says that a new stream begins: what an earlier one has listed in part does not count."""
+        self._listing = None
+
     def apply(
         self,
         adapters: Iterable[Adapter],
@@ -175,16 +179,17 @@ class Workers(Table):
         self._by_name: dict[str, Worker] = {}
         # By model version; made when first asked for, and anew when a worker comes or goes.
         self._capabilities: dict[str, Capabilities] = {}
+        self._may_reason: dict[str, bool] = {}
 
     def put(self, worker: Worker) -> None:
         """Adds or replaces."""
         self._by_name[worker.name] = worker
-        self._capabilities.clear()
+        self._changed()
 
     def drop(self, name: str) -> None:
         """Forgets a worker that takes no work."""
         self._by_name.pop(name, None)
-        self._capabilities.clear()
+        self._changed()
 
     def capabilities_of(self, model_version: str) -> Capabilities | None:
         """Returns what all workers of a version can do; None while none is known that says."""
@@ -199,6 +204,20 @@ class Workers(Table):
                 return None
             self._capabilities[model_version] = capabilities.intersection(said)
         return self._capabilities[model_version]
+
+    def may_reason(self, model_version: str) -> bool:
+        """Tells whether reasoning may come from a worker of a version: from any, not from all.
+
+        True as long as none is known: nobody knows what the one that comes is going to do.
+        """
+        if model_version not in self._may_reason:
+            workers = self.serving(model_version, set())
+            if not workers:
+                return True
+            self._may_reason[model_version] = any(
+                worker.capabilities is None or worker.capabilities.reasoning for worker in workers
+            )
+        return self._may_reason[model_version]
 
     def find(self, name: str) -> Worker | None:
         """Returns a worker by its name, if it takes work."""
@@ -218,6 +237,10 @@ class Workers(Table):
             ),
             key=lambda worker: worker.name,
         )
+
+    def _changed(self) -> None:
+        self._capabilities.clear()
+        self._may_reason.clear()
 
 
 def no_ready_worker(model_version: str) -> MaasError:

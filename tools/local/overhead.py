@@ -26,8 +26,9 @@ _FIXED_TIME = datetime(2000, 1, 1, tzinfo=UTC)
 _SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
-def _message(role: generation_pb2.Role.ValueType) -> generation_pb2.ChatMessage:
-    return generation_pb2.ChatMessage(role=role, parts=[generation_pb2.ContentPart(text="x")])
+def _message(role: generation_pb2.Role.ValueType, name: str = "") -> generation_pb2.ChatMessage:
+    parts = [generation_pb2.ContentPart(text="x")]
+    return generation_pb2.ChatMessage(role=role, parts=parts, name=name)
 
 
 _USER = _message(generation_pb2.ROLE_USER)
@@ -44,6 +45,10 @@ _RESULT = generation_pb2.ChatMessage(
     tool_call_id="call00000",
     parts=[generation_pb2.ContentPart(text="x")],
 )
+_NAMED_RESULT = generation_pb2.ChatMessage(name="n")
+_NAMED_RESULT.MergeFrom(_RESULT)
+_NAMED_USER = _message(generation_pb2.ROLE_USER, "n")
+_NAMED_ASSISTANT = _message(generation_pb2.ROLE_ASSISTANT, "n")
 _TOOL = tools_pb2.Tool(name="f")
 _REASONING = (
     None,
@@ -53,12 +58,16 @@ _REASONING = (
     generation_pb2.ReasoningOptions(effort=generation_pb2.REASONING_EFFORT_MEDIUM),
     generation_pb2.ReasoningOptions(enabled=True, effort=generation_pb2.REASONING_EFFORT_MEDIUM),
 )
-# What two or three messages add together bounds what one of them adds.
+# What two or three messages add together bounds what one of them adds. Some templates write names.
 _DIALOGUES = (
     (_USER, _ASSISTANT, _USER),
     (_SYSTEM, _USER),
     (_USER, _CALL, _RESULT),
     (_USER, _CALL, _RESULT, _ASSISTANT, _USER),
+    (_NAMED_USER,),
+    (_USER, _NAMED_ASSISTANT, _USER),
+    (_message(generation_pb2.ROLE_SYSTEM, "n"), _USER),
+    (_USER, _CALL, _NAMED_RESULT),
 )
 
 
@@ -117,4 +126,4 @@ def _said(message: generation_pb2.ChatMessage) -> int:
     calls = sum(
         len(call.id) + len(call.name) + len(call.arguments_json) for call in message.tool_calls
     )
-    return parts + calls + len(message.tool_call_id)
+    return parts + calls + len(message.tool_call_id) + len(message.name)

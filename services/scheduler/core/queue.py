@@ -64,13 +64,15 @@ class FairQueue:
             serve several versions.
     """
 
-    __slots__ = ("_lengths", "_rows", "served_turn")
+    __slots__ = ("_lengths", "_rows", "_sizes", "served_turn")
 
     def __init__(self, served_turn: int = 0) -> None:
         # Rows by class, then projects and waiters in order of turn. A project is here only while
         # one of its requests is.
         self._rows: tuple[dict[str, dict[str, Waiter]], ...] = tuple({} for _ in PRIORITIES)
         self._lengths = [0 for _ in PRIORITIES]
+        # By class: how many waiters want so many places, by that number.
+        self._sizes: tuple[dict[int, int], ...] = tuple({} for _ in PRIORITIES)
         self.served_turn = served_turn
 
     def __len__(self) -> int:
@@ -89,11 +91,17 @@ class FairQueue:
         """Counts the waiters of a class."""
         return self._lengths[priority]
 
+    def least_places(self, priority: Priority) -> int:
+        """Returns the fewest places that a waiter of a class wants; 0 when nobody waits."""
+        return min(self._sizes[priority], default=0)
+
     def put(self, waiter: Waiter) -> None:
         """Adds a waiter behind the others of its class and project."""
         row = self._rows[waiter.priority]
         row.setdefault(waiter.project, {})[waiter.execution_id] = waiter
         self._lengths[waiter.priority] += 1
+        sizes = self._sizes[waiter.priority]
+        sizes[waiter.places] = sizes.get(waiter.places, 0) + 1
 
     def remove(self, waiter: Waiter) -> None:
         """Takes out a waiter that is here."""
@@ -101,6 +109,10 @@ class FairQueue:
         waiters = row[waiter.project]
         del waiters[waiter.execution_id]
         self._lengths[waiter.priority] -= 1
+        sizes = self._sizes[waiter.priority]
+        sizes[waiter.places] -= 1
+        if not sizes[waiter.places]:
+            del sizes[waiter.places]
         if not waiters:
             del row[waiter.project]
 

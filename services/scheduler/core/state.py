@@ -300,10 +300,14 @@ class State:
         if len(queues) > 1:
             queues.sort(key=lambda item: item.served_turn)
         fits = partial(_fits, worker)
+        most_places = max(worker.room, 1)
         for priority in PRIORITIES:
             saver = self.saver_at(worker, priority) if self.wide else None
             number_max = math.inf if saver is None else saver.number
             for queue in queues:
+                # Nearly always, where all who wait want several places: nobody has to be looked at.
+                if queue.least_places(priority) > most_places:
+                    continue
                 waiter = queue.first(priority, fits, number_max=number_max)
                 if waiter is not None:
                     return waiter
@@ -463,6 +467,9 @@ class State:
                 yield f"the queue of {version} has {length} waiters of one class"
             if length != sum(1 for _ in queue.of(priority)):
                 yield f"the queue of {version} is miscounted"
+            least = min((waiter.places for waiter in queue.of(priority)), default=0)
+            if queue.least_places(priority) != least:
+                yield f"the places that the queue of {version} waits for are miscounted"
         for waiter in queue:
             if self.gathers_until_s is None and self.is_hopeless(waiter):
                 yield f"{waiter.execution_id} waits for nobody"

@@ -207,6 +207,23 @@ def test_reasoning_needs_a_conversation() -> None:
     assert violations(spec) == [("spec.reasoning", FieldRule.CONFLICTING)]
 
 
+def test_what_a_conversation_consists_of_is_counted_before_it_is_looked_at() -> None:
+    spec = generation_pb2.GenerationSpec()
+    for _ in range(16):
+        message = spec.chat.messages.add(role=generation_pb2.ROLE_USER)
+        message.parts.extend([generation_pb2.ContentPart(text="")] * 1023)
+    check_spec(spec)
+    assert chat_rules.pieces_of(spec.chat) == chat_rules.PIECES_MAX
+
+    # Its own fault is one of the last pieces, which nobody looks at any more.
+    spec.chat.messages.add(role=generation_pb2.ROLE_TOOL)
+    with pytest.raises(InvalidArgument) as refused:
+        check_spec(spec)
+
+    (violation,) = refused.value.violations
+    assert (violation.field, violation.rule) == ("spec.chat.messages", FieldRule.TOO_MANY)
+
+
 def test_all_faults_are_named_up_to_a_bound() -> None:
     spec = conversation()
     for _ in range(100):

@@ -96,6 +96,34 @@ async def test_watch_that_ends_or_fails_starts_again_with_a_listing(scripted: Re
     assert scripted.servicer.calls == 3
 
 
+async def test_each_new_stream_is_told_before_what_it_says(scripted: Reached) -> None:
+    said: list[str] = []
+
+    async def behave(_: Any) -> AsyncIterator[Response]:
+        yield Response()
+        if scripted.servicer.calls == 1:
+            raise unavailable("postgresql")
+        yield Response(snapshot_complete=True)
+        await asyncio.Event().wait()
+
+    scripted.servicer.watch = behave
+    async with (
+        Peer(scripted.endpoint, CALLERS.tokens["gateway"], [OFFERINGS]) as peer,
+        Background() as background,
+    ):
+        watching = follow(
+            peer,
+            offering_service_pb2_grpc.OfferingServiceStub(peer.channel).WatchOfferings,
+            pb.WatchOfferingsRequest(),
+            lambda *_: said.append("response"),
+            on_open=lambda: said.append("open"),
+        )
+        background.start(watching, name="follow")
+        await eventually(lambda: len(said) == 5)
+
+    assert said == ["open", "response", "open", "response", "response"]
+
+
 async def test_silent_watch_starts_again(
     scripted: Reached, monkeypatch: pytest.MonkeyPatch
 ) -> None:

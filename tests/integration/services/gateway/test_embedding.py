@@ -20,6 +20,7 @@ from libs.errors import (
     FieldRule,
     Internal,
     InvalidArgument,
+    MaasError,
     NotFound,
     Reason,
     ResourceExhausted,
@@ -245,6 +246,28 @@ async def test_when_no_worker_is_left_the_last_ones_word_is_told_and_the_slot_go
         assert error.reason is Reason.WORKER_DRAINING
         assert [len(worker.asked) for worker in world.workers] == [1, 1]
         assert len(world.scheduler.released) == 1
+        await _no_charge(world)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "reason"),
+    [
+        (NotFound("models/x/versions/1"), Reason.NO_READY_WORKER),
+        (FailedPrecondition("an older epoch", reason=Reason.FENCED), Reason.WORKER_LOST),
+    ],
+    ids=lambda value: getattr(value, "value", value.__class__.__name__),
+)
+async def test_what_workers_say_of_themselves_is_no_fault_of_the_caller(
+    tmp_path: Path, refusal: MaasError, reason: Reason
+) -> None:
+    async with embedder(tmp_path, worker_count=2) as (world, asker):
+        for worker in world.workers:
+            worker.refusals += [refusal] * 9
+
+        error = await asker.refusal(asker.embeddings.Embed, embed_request("a"))
+
+        # The offering is there; that no worker serves it now may pass.
+        assert (error.code, error.reason) == (Code.UNAVAILABLE, reason)
         await _no_charge(world)
 
 

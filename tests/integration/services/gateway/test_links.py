@@ -11,8 +11,10 @@ from maas.engine.v1 import engine_pb2
 
 from libs.errors import InvalidArgument, Reason, Unavailable
 from libs.process import Background
+from services.gateway import links
 from services.gateway.generation import new_sink
 from services.gateway.links import WINDOW, Link, LinkPool
+from services.gateway.rich import RichSink, RichTerms
 from tests.integration.services.gateway.harness import END, TOKEN, ScriptedWorker, served, taken
 
 
@@ -73,16 +75,55 @@ async def test_starts_and_aborts_reach_the_worker() -> None:
     async with linked(worker) as link:
         sink = new_sink()
         lane = link.start(execution("a"), sink)
+        request = await worker.requests.get()
         link.abort(lane, sink)
         link.abort(lane, new_sink())
 
+        assert [(start.execution_id, start.lane) for start in request.start] == [("a", lane)]
+        assert list(request.abort_lanes) == []
+        assert list((await worker.requests.get()).abort_lanes) == [lane]
+
+
+async def test_what_was_not_sent_yet_is_taken_back() -> None:
+    """A worker reads aborts before starts: in one message with its start an abort is lost."""
+    worker = ScriptedWorker()
+    async with linked(worker) as link:
+        kept = RichSink(RichTerms(count=2, with_ids=False, with_reasoning=True))
+        dropped = RichSink(kept.terms)
+        first = link.start_many(execution("a"), kept.inlets)
+        second = link.start_many(execution("b"), dropped.inlets)
+        for lane, inlet in zip(second, dropped.inlets, strict=True):
+            link.abort(lane, inlet)
+        assert link.running == 2
+        third = link.start(execution("c"), new_sink())
+
         request = await worker.requests.get()
-        aborts = list(request.abort_lanes)
-        if not aborts:
-            aborts = list((await worker.requests.get()).abort_lanes)
-        assert request.start[0].execution_id == "a"
-        assert request.start[0].lane == lane
-        assert aborts == [lane]
+
+        assert [start.execution_id for start in request.start] == ["a", "c"]
+        assert list(request.abort_lanes) == []
+        assert third == second[0]
+        assert not set(first) & set(second)
+
+
+async def test_long_prompts_that_come_together_are_not_one_message(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One message above what a worker reads would end everybody's work on it."""
+    monkeypatch.setattr(links, "START_BYTES_MAX", 2_000_000)
+    worker = ScriptedWorker()
+    async with linked(worker) as link:
+        for name, size in (("a", 10), ("b", 1_500_000), ("c", 3_000_000), ("d", 10), ("e", 10)):
+            start = execution(name)
+            start.text = "x" * size
+            link.start(start, new_sink())
+        sent: list[list[str]] = []
+        while sum(map(len, sent)) < 5:
+            async with asyncio.timeout(5):
+                request = await worker.requests.get()
+            sent.append([start.execution_id for start in request.start])
+
+        assert sent == [["a", "b"], ["c"], ["d", "e"]]
+        assert (link.is_up, worker.streams) == (True, 1)
 
 
 async def test_a_failure_becomes_its_error() -> None:

@@ -23,6 +23,7 @@ from services.gateway.requests import READERS_MAX
 from tests.integration.services.gateway.client import CONTINUE, Reading, Wish
 from tests.integration.services.gateway.harness import World, gateway
 from tests.integration.services.gateway.neighbours import BOB, EVE, NANOS_PER_TOKEN
+from tests.integration.services.gateway.richly import Rich, called, chat, deltas_of, tell
 
 DETACHED = Wish(on_disconnect=CONTINUE, with_ids=True)
 KEYED = Wish(request_id="r-1", with_ids=True)
@@ -318,3 +319,24 @@ async def test_calls_that_wait_for_one_admission_are_bounded(tmp_path: Path) -> 
         assert error.reason is Reason.QUEUE_FULL
         assert all(call.last.HasField("finished") for call in calls)
         await world.only_settlement()
+
+
+async def test_a_call_of_a_tool_goes_on_from_any_of_its_parts(tmp_path: Path) -> None:
+    parts = ['{"a"', ":", "[1,", "2]", "}"]
+    async with gateway(tmp_path) as world:
+        (worker,) = world.workers
+        stream = world.client.stream(Rich(change=chat, on_disconnect=CONTINUE, with_ids=True))
+        lane = (await world.accepted()).lane
+        tell(worker, lane, called(parts[0], id_="c", name="f"), token_ids=[0])
+        for number, part in enumerate(parts[1:], 1):
+            await stream.until(number)
+            tell(worker, lane, called(part), token_ids=[number])
+        worker.end(lane)
+        await stream.rest()
+
+        for after in range(1, len(parts) + 1):
+            again = await world.client.resume(stream.generation_id, after=after).rest()
+            made = [delta for delta in deltas_of(again) if delta.HasField("tool_call")]
+            assert [delta.tool_call.arguments_json for delta in made] == parts[after - 1 :]
+            assert [delta.tool_call.name for delta in made[:1]] == ["f" if after == 1 else ""]
+            assert again.token_ids == list(range(after - 1, len(parts)))

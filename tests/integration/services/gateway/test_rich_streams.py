@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from maas.inference.v1 import generation_pb2
+from maas.common.v1.capabilities_pb2 import Capabilities
+from maas.inference.v1 import generation_pb2, generation_service_pb2
+from typing_extensions import override
 
-from libs.errors import OutOfRange, Reason
-from services.gateway import rich_generation
+from libs.clock import SystemClock
+from libs.errors import FieldRule, InvalidArgument, OutOfRange, Reason
+from libs.testing import eventually
+from services.gateway import rich, rich_generation, whole
 from services.gateway.domain import EndCause
-from tests.integration.services.gateway.client import CONTINUE, Wish, answer, refusal
-from tests.integration.services.gateway.harness import END, gateway
-from tests.integration.services.gateway.neighbours import NANOS_PER_TOKEN
+from services.gateway.tables import Worker as KnownWorker
+from tests.integration.services.gateway.client import CANCEL, CONTINUE, Wish, answer, refusal
+from tests.integration.services.gateway.harness import END, Worker, gateway
+from tests.integration.services.gateway.neighbours import NANOS_PER_TOKEN, VERSION
 from tests.integration.services.gateway.richly import (
     Rich,
     Spec,
@@ -190,6 +197,11 @@ async def test_scores_stand_beside_their_tokens(tmp_path: Path) -> None:
         assert not any(delta.token_ids for delta in made)
 
 
+def conversation(spec: Spec) -> None:
+    chat(spec)
+    spec.ClearField("tools")
+
+
 def prompted(spec: Spec) -> None:
     scored(spec)
     spec.output.return_prompt_logprobs = True
@@ -267,7 +279,7 @@ async def test_a_rich_generation_lives_on_without_a_reader(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("request_id", ["", "r-1"])
-async def test_a_result_that_outgrows_an_answer_ends_and_is_free(
+async def test_a_result_that_outgrows_an_answer_ends_and_pays_for_its_prompt(
     tmp_path: Path, request_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rich_generation, "WHOLE_BYTES_MAX", 1000)
@@ -283,7 +295,164 @@ async def test_a_result_that_outgrows_an_answer_ends_and_is_free(
 
         assert isinstance(error, OutOfRange)
         settled = await world.only_settlement()
-        assert (settled.closing.cause.is_charged, settled.owed) == (False, 0)
+        # Nothing of it was released.
+        assert (settled.closing.output_tokens, settled.owed) == (0, 3 * NANOS_PER_TOKEN)
+        assert world.budget.used == 0
+
+
+class Sleeper(SystemClock):
+    """Real time in which nothing that happens once a while ever happens."""
+
+    @override
+    async def sleep_s(self, seconds: float) -> None:
+        """Sleeps for ever."""
+        await asyncio.Event().wait()
+
+
+async def test_a_result_that_outgrows_an_answer_ends_before_the_worker_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rich_generation, "WHOLE_BYTES_MAX", 1000)
+    monkeypatch.setattr(rich, "ALARM_BYTES", 1000)
+    async with gateway(tmp_path, clock=Sleeper()) as world:
+        (worker,) = world.workers
+        call = world.client.unary(Rich(change=scored))
+        lane = (await world.accepted()).lane
+        for number in range(60):
+            score(worker, lane, "x" * 20, number)
+
+        assert isinstance(await refusal(call), OutOfRange)
+        assert await worker.next_abort() == lane
+
+
+def scored_prompt(spec: Spec) -> None:
+    spec.output.return_prompt_logprobs = True
+    spec.output.return_logprobs = True
+    spec.output.top_logprobs = 20
+
+
+@pytest.mark.parametrize(
+    ("change", "most", "field"),
+    [(scored, 100, "return_logprobs"), (scored_prompt, 1, "return_prompt_logprobs")],
+)
+async def test_a_result_that_cannot_be_one_answer_is_refused_free_of_charge(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Spec], object],
+    most: int,
+    field: str,
+) -> None:
+    monkeypatch.setattr(whole, "WHOLE_BYTES_MAX", 600)
+    async with gateway(tmp_path) as world:
+        wish = Rich(change=change, most=most)
+        call = world.client.unary(wish)
+        if field == "return_prompt_logprobs":
+            # Only the worker knows how many tokens the prompt has.
+            execution = await world.accepted(input_tokens=5)
+            assert await world.workers[0].next_abort() == execution.lane
+
+        error = await refusal(call)
+
+        assert isinstance(error, InvalidArgument)
+        assert [(bad.field, bad.rule) for bad in error.violations] == [
+            (f"spec.output.{field}", FieldRule.OUT_OF_RANGE)
+        ]
+        await world.no_settlement()
+        # A stream has no such bound.
+        stream = world.client.stream(wish)
+        world.workers[0].end((await world.accepted(input_tokens=5)).lane)
+        await stream.rest()
+
+
+# Together more than any window takes while nobody reads.
+WORDS = 100
+WORD = "x" * 200_000
+
+
+def flood(worker: Worker, lanes: list[int]) -> None:
+    """Says more than the client reads, which reads nothing."""
+    for number in range(WORDS):
+        worker.say(lanes[number % len(lanes)], WORD, first=number)
+
+
+@pytest.mark.parametrize("on_disconnect", [CANCEL, CONTINUE])
+async def test_a_reader_that_leaves_too_much_waiting_is_cut_off(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    on_disconnect: generation_service_pb2.DisconnectPolicy.ValueType,
+) -> None:
+    monkeypatch.setattr(rich_generation, "WAITING_BYTES_MAX", 1_000_000)
+    monkeypatch.setattr(rich, "ALARM_BYTES", 1_000_000)
+    lives_on = on_disconnect == CONTINUE
+    async with gateway(tmp_path) as world:
+        (worker,) = world.workers
+        stream = world.client.stream(
+            Rich(change=several(2), most=1000, on_disconnect=on_disconnect)
+        )
+        lanes = lanes_of(await world.accepted())
+        await stream.until(0)
+        flood(worker, lanes)
+        if lives_on:
+            for lane in lanes:
+                worker.end(lane)
+        else:
+            assert {await worker.next_abort() for _ in lanes} == set(lanes)
+
+        settled = await world.only_settlement()
+
+        assert settled.closing.cause is (EndCause.COMPLETED if lives_on else EndCause.STALLED)
+        assert settled.owed == (3 + settled.closing.output_tokens) * NANOS_PER_TOKEN
+        if lives_on:
+            assert settled.closing.output_tokens == WORDS
+        else:
+            assert 0 < settled.closing.output_tokens < WORDS
+            assert world.budget.used == 0
+        error = await stream.failure()
+        assert error.reason is Reason.CONSUMER_STALLED
+        assert error.metadata.keys() == {"stallSeconds", "generationId", "resumable"}
+
+
+async def test_what_waits_counts_with_what_is_kept(tmp_path: Path) -> None:
+    async with gateway(tmp_path) as world:
+        (worker,) = world.workers
+        stream = world.client.stream(Rich(change=several(2), most=1000))
+        lanes = lanes_of(await world.accepted())
+        await stream.until(0)
+        flood(worker, lanes)
+        await eventually(lambda: world.budget.used > 1_000_000)
+
+        for lane in lanes:
+            worker.end(lane)
+        await stream.rest()
+
+        assert world.budget.used == 0
+
+
+async def test_a_conversation_is_told_apart_if_any_of_the_workers_reasons(tmp_path: Path) -> None:
+    """The scheduler may name one that does, though not all of the version do."""
+    able = Capabilities(chat=True, tool_calls=True, max_outputs=1)
+    async with gateway(tmp_path, worker_count=2, capabilities=able) as world:
+        target = world.scheduler.targets[0]
+        world.table.put(
+            KnownWorker(
+                name=target.worker,
+                endpoint=target.endpoint,
+                epoch=target.epoch,
+                model_versions=frozenset({VERSION}),
+                capabilities=Capabilities(
+                    chat=True, tool_calls=True, reasoning=True, max_outputs=1
+                ),
+            )
+        )
+        stream = world.client.stream(Rich(change=conversation))
+        lane = (await world.accepted()).lane
+        tell(world.workers[0], lane, thought("hm"), reasoning_tokens=1)
+        world.workers[0].say(lane, "so")
+        world.workers[0].end(lane)
+        await stream.rest()
+
+        assert "".join(delta.reasoning for delta in deltas_of(stream)) == "hm"
+        assert text_of(stream) == "so"
 
 
 async def test_a_plain_request_that_gets_more_than_text_fails(tmp_path: Path) -> None:

@@ -245,3 +245,13 @@ def test_path_leads_into_a_map_of_a_nested_message() -> None:
     )
 
     assert violations(message) == [("sampling.logit_bias[3]", FieldRule.OUT_OF_RANGE)]
+
+
+def test_items_of_items_are_bounded_together() -> None:
+    message = generation_pb2.ChatMessage(role=generation_pb2.ROLE_USER)
+    message.parts.extend([generation_pb2.ContentPart(text="x")] * 1000)
+    few = generation_pb2.ChatInput(messages=[message] * 16)
+    many = generation_pb2.ChatInput(messages=[message] * 17)
+
+    assert violations(few) == []
+    assert violations(many) == [("messages[16].parts", FieldRule.TOO_MANY)]

@@ -6,7 +6,7 @@ import pytest
 from maas.engine.v1 import engine_pb2
 from typing_extensions import override
 
-from libs.errors import DeadlineExceeded, Reason
+from libs.errors import DeadlineExceeded, FieldRule, InvalidArgument, MaasError, Reason
 from libs.testing import FakeClock
 from services.gateway.attempts import Attempts
 from services.gateway.generation import new_sink
@@ -17,7 +17,8 @@ from services.gateway.tables import no_ready_worker
 class Refusing(Placer):
     """Notes what is wanted, and has no worker for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, refusal: MaasError | None = None) -> None:
+        self.refusal = refusal
         self.wanted: list[Wanted] = []
         self.made: list[engine_pb2.Execution] = []
 
@@ -25,7 +26,7 @@ class Refusing(Placer):
     async def place(self, wanted: Wanted, make: MakeExecution) -> Placed:
         self.wanted.append(wanted)
         self.made.append(make("e", 1))
-        raise no_ready_worker(wanted.model_version)
+        raise self.refusal or no_ready_worker(wanted.model_version)
 
 
 def attempts(placer: Placer, clock: FakeClock, time_limit_s: float | None) -> Attempts:
@@ -65,3 +66,38 @@ async def test_what_has_used_up_its_time_is_not_placed() -> None:
 
     assert caught.value.reason is Reason.QUEUE_TIMEOUT
     assert placer.wanted == []
+
+
+@pytest.mark.parametrize(
+    ("message", "metadata", "reason", "expected"),
+    [
+        (
+            "spec.sampling.min_p: the model cannot do this (min_p)",
+            {"model": "m", "feature": "min_p"},
+            Reason.FEATURE_UNSUPPORTED,
+            ("spec.sampling.min_p", FieldRule.UNSUPPORTED),
+        ),
+        (
+            "the regex: is none",
+            {"field": "spec.constraint.regex"},
+            Reason.BAD_OUTPUT_CONSTRAINT,
+            ("spec.constraint.regex", FieldRule.BAD_FORMAT),
+        ),
+        (
+            "the prompt has 9 tokens: at most 8",
+            {"tokens": "9", "limit": "8"},
+            Reason.CONTEXT_LENGTH_EXCEEDED,
+            ("spec.text", FieldRule.TOO_LONG),
+        ),
+    ],
+)
+async def test_a_refusal_of_a_worker_has_the_path_of_the_field(
+    message: str, metadata: dict[str, str], reason: Reason, expected: tuple[str, FieldRule]
+) -> None:
+    placer = Refusing(InvalidArgument(message, reason=reason, metadata=metadata))
+
+    with pytest.raises(InvalidArgument) as caught:
+        await attempts(placer, FakeClock(), None).first()
+
+    assert [(bad.field, bad.rule) for bad in caught.value.violations] == [expected]
+    assert caught.value.reason is reason

@@ -9,12 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.gateway.domain import (
+    Closing,
     EndCause,
     Offering,
+    Opening,
     Price,
     PromptSize,
+    Usage,
     price_in_force,
     prompt_bound,
+    usage_of,
 )
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -99,3 +103,30 @@ def test_only_ends_of_the_clients_own_are_charged() -> None:
         EndCause.STALLED,
         EndCause.REVOKED,
     }
+
+
+def test_no_part_of_a_count_is_more_than_its_whole() -> None:
+    # Whatever a worker has said: billing would refuse the record.
+    opening = Opening(
+        generation_id="gen_g1_1",
+        slice_id="s1",
+        account="accounts/dev",
+        project="projects/dev",
+        api_key="apiKeys/k",
+        offering="offerings/x",
+        model_version="models/x/versions/1",
+        price="prices/p",
+        input_tokens=7,
+        start_time=NOW,
+    )
+    closing = Closing(
+        output_tokens=3,
+        cause=EndCause.COMPLETED,
+        end_time=NOW,
+        cached_input_tokens=8,
+        reasoning_tokens=4,
+    )
+
+    assert usage_of(opening, closing) == Usage(
+        input_tokens=7, output_tokens=3, cached_input_tokens=7, reasoning_tokens=3
+    )

@@ -12,7 +12,7 @@ from maas.inference.v1 import generation_pb2, scores_pb2
 
 from libs.errors import Unavailable
 from services.gateway.generation import FRAME_BYTES_MAX
-from services.gateway.rich import RichChunk, RichSink, RichTerms
+from services.gateway.rich import ALARM_BYTES, RichChunk, RichSink, RichTerms
 
 END = generation_pb2.OutputEnd(reason=generation_pb2.FINISH_REASON_END)
 
@@ -138,6 +138,40 @@ async def test_hidden_reasoning_is_counted_and_nothing_of_it_is_sent() -> None:
     (delta,) = outputs([chunk])
     shown = scores_pb2.TokenScores(token_ids=[4], logprobs=[-4])
     assert delta == generation_pb2.OutputDelta(text="so", token_ids=[4], scores=shown)
+
+
+async def test_pieces_of_the_mark_are_hidden_with_the_reasoning_that_they_begin() -> None:
+    sink = RichSink(terms(with_ids=True, with_reasoning=False))
+    # "<think", ">", "hm": the first was held as what might have been text, and is not counted.
+    scores = scores_pb2.TokenScores(token_ids=[1, 2, 3], logprobs=[-1, -2, -3])
+    sink.inlets[0].push_rich("", [1, 2, 3], reasoning("hm", 2), scores)
+
+    (chunk,) = drain(sink)
+
+    assert (chunk.tokens, outputs([chunk])) == (3, [])
+
+
+async def test_a_closed_sink_keeps_nothing() -> None:
+    sink = RichSink(terms())
+    sink.inlets[0].push("a", [1])
+
+    sink.close()
+    sink.inlets[0].push("b", [2])
+
+    assert (sink.has_output, sink.waiting_bytes) == (False, 0)
+
+
+async def test_who_owns_a_sink_is_told_when_much_waits() -> None:
+    sink = RichSink(terms())
+    events: list[int] = []
+    sink.on_event = lambda: events.append(sink.waiting_bytes)
+    text = "x" * (ALARM_BYTES // 2)
+
+    sink.inlets[0].push(text, [1])
+    assert events == []
+    sink.inlets[0].push(text, [2])
+
+    assert events[0] > ALARM_BYTES
 
 
 async def test_scores_of_the_prompt_have_a_frame_of_their_own() -> None:

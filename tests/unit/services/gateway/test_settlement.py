@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from maas.billing.v1 import credit_slice_service_pb2
+from maas.common.v1 import options_pb2
 
 from libs.errors import FieldRule, Unavailable, invalid_field, unavailable
+from libs.limits import PUBLIC_REQUEST_BYTES_MAX
 from libs.testing import FakeClock
+from services.gateway import convert
 from services.gateway.domain import Closing, EndCause, Opening
 from services.gateway.journal import Journal
-from services.gateway.settlement import Settled, Settlement, Settler
+from services.gateway.settlement import BATCH_MAX, Settled, Settlement, Settler
 from services.gateway.slices import Grant, SliceBook
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
+RENEWED = credit_slice_service_pb2.SettleRequest.DESCRIPTOR.fields_by_name["renew_slice_ids"]
+RENEW_CONTRACT_MAX = RENEWED.GetOptions().Extensions[options_pb2.rules].max_items
 
 
 class Billing:
@@ -28,6 +35,8 @@ class Billing:
     async def settle(self, settlements: list[Settlement], renew: list[str]) -> Settled:
         if self.is_away:
             raise unavailable("billing")
+        if len(renew) > RENEW_CONTRACT_MAX:
+            raise invalid_field("renew_slice_ids", FieldRule.TOO_MANY, "too many")
         names = [item.opening.generation_id for item in settlements]
         if self.bad & set(names):
             raise invalid_field("settlements", FieldRule.BAD_FORMAT, "bad")
@@ -41,14 +50,15 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.clock = FakeClock()
         self.billing = Billing()
+        self.numbers = itertools.count(1)
         self.journal = Journal(folder)
         self.book = SliceBook(
             acquire=self._acquire,
             close=self._close,
-            new_id=lambda: "s1",
+            new_id=lambda: f"s{next(self.numbers)}",
             clock=self.clock,
             slice_nanos=1000,
-            slices_max=5,
+            slices_max=5000,
         )
         self.settler = Settler(
             settle=self.billing.settle,
@@ -175,3 +185,44 @@ async def test_what_billing_refuses_frees_its_key(world: World) -> None:
     await world.settler.flush()
 
     assert world.settler.find_charged("projects/dev", "r-1") is None
+
+
+async def test_more_slices_than_one_call_renews_cost_no_settlement(world: World) -> None:
+    for number in range(2 * RENEW_CONTRACT_MAX + 1):
+        await world.book.reserve(f"accounts/a{number}", 1)
+    world.put(1)
+
+    await world.settler.flush()
+
+    assert world.billing.settled == ["g1"]
+    assert world.settler.refused == 0
+    renewed = [slice_id for part in world.billing.renewed for slice_id in part]
+    assert renewed == world.book.open_ids()
+
+
+def test_the_largest_batch_is_a_request_that_billing_takes() -> None:
+    # Or it would be refused for ever, with the settlements of everybody else.
+    longest = "x" * 63
+    opening = Opening(
+        generation_id="g" * 128,
+        slice_id="s" * 128,
+        account=f"accounts/{longest}",
+        project=f"projects/{longest}",
+        api_key=f"apiKeys/{longest}",
+        offering=f"offerings/{longest}",
+        model_version=f"models/{longest}/versions/{longest}",
+        price=f"prices/{longest}",
+        input_tokens=2**32,
+        start_time=NOW,
+        request_id="r" * 128,
+        request_sha256="0" * 64,
+        labels={f"{number:x>63}": "v" * 256 for number in range(16)},
+        end_user="u" * 128,
+    )
+    closing = Closing(output_tokens=2**32, cause=EndCause.COMPLETED, end_time=NOW)
+    one = credit_slice_service_pb2.SettleRequest(
+        settlements=[convert.settlement_to_pb(opening, closing)]
+    )
+    slices = credit_slice_service_pb2.SettleRequest(renew_slice_ids=["s" * 128] * 1000)
+
+    assert BATCH_MAX * one.ByteSize() + slices.ByteSize() <= PUBLIC_REQUEST_BYTES_MAX

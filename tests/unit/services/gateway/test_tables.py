@@ -77,6 +77,34 @@ def test_what_a_new_listing_leaves_out_was_deleted_meanwhile() -> None:
         table.get("adapters/a", "projects/p")
 
 
+def test_a_listing_that_broke_off_does_not_count() -> None:
+    table = listed(adapter("a"))
+
+    table.begin()
+    table.apply([adapter("b")], (), is_snapshot=True, is_complete=False)
+    # Its stream breaks, and b is deleted before the next one begins.
+    table.begin()
+    table.apply([adapter("a")], (), is_snapshot=True, is_complete=True)
+
+    assert table.get("adapters/a", "projects/p") == adapter("a")
+    with pytest.raises(NotFound):
+        table.get("adapters/b", "projects/p")
+
+
+def test_reasoning_may_come_from_any_worker_of_a_version() -> None:
+    table = Workers()
+    assert table.may_reason(VERSION)
+    table.put(worker("a", Capabilities(chat=True)))
+    table.put(worker("b", Capabilities(reasoning=True), version="models/n/versions/1"))
+    assert not table.may_reason(VERSION)
+    table.put(worker("c", Capabilities(reasoning=True)))
+    assert table.may_reason(VERSION)
+    table.drop("workers/c")
+    assert not table.may_reason(VERSION)
+    table.put(worker("d", None))
+    assert table.may_reason(VERSION)
+
+
 def test_a_version_can_do_what_all_of_its_workers_can() -> None:
     table = Workers()
     table.put(worker("a", Capabilities(chat=True, regex=True, max_outputs=4)))

@@ -150,3 +150,15 @@ def test_only_older_ones_are_named_when_it_is_said_so() -> None:
 
     assert queue.first(Priority.STANDARD, anybody, number_max=1) == _waiter("b1", number=1)
     assert queue.first(Priority.STANDARD, anybody, number_max=0) is None
+
+
+def test_fewest_places_that_a_class_waits_for_follow_who_comes_and_goes() -> None:
+    wide, wider = _waiter("a1", places=4), _waiter("b1", places=8)
+    queue = _queue(wider, wide, _waiter("c1", priority=Priority.BACKGROUND))
+
+    assert queue.least_places(Priority.STANDARD) == 4
+    assert queue.least_places(Priority.BACKGROUND) == 1
+    queue.remove(wide)
+    assert queue.least_places(Priority.STANDARD) == 8
+    queue.take(wider)
+    assert queue.least_places(Priority.STANDARD) == 0
