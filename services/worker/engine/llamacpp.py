@@ -9,7 +9,8 @@ kernels do so, too (Q8_0 and Q4_0 do; F16, F32 and the K types do not), a lane's
 same bits alone and in company, in one prefill or continued after a death. Whether the loaded model
 is such is measured at start and told by EngineInfo.is_deterministic. Without it the last bits
 differ with the company, and a lane takes another token only where two are nearly tied. The same
-holds between kinds of CPU, in any case.
+holds between kinds of CPU in any case, and for lanes with an adapter, since its matrices are F32 or
+F16.
 
 Prefix cache. What a lane computed stays in its slot until that is needed; see llamacpp_slots. It is
 no load: kv_used_tokens counts what running lanes hold.
@@ -417,8 +418,7 @@ def _has_any(batch: StepBatch) -> bool:
 def _abilities(facts: dict[str, Value]) -> EngineAbilities:
     """What the loaded model can be asked for."""
     return EngineAbilities(
-        # Without a token that ends a generation no constrained output could end.
-        constraints=frozenset(ConstraintKind if facts["ends"] else ()),
+        constraints=frozenset(ConstraintKind if facts["constrains"] else ()),
         min_p=True,
         penalties=True,
         repetition_penalty=True,

@@ -23,6 +23,7 @@ _NAME_MAX: Final = 128
 _DEPTH_MAX: Final = 2
 _STRING: Final = 8
 _ARRAY: Final = 9
+_DOUBLE: Final = 12
 _FORMATS: Final = {
     0: "<B",
     1: "<b",
@@ -42,6 +43,10 @@ _DIMENSIONS_MAX: Final = 4
 _TYPES: Final = {0: (1, 4), 1: (1, 2), 8: (32, 34), 30: (1, 2)}
 _RANK_MAX: Final = 4096
 _PARTS: Final = (".lora_a", ".lora_b")
+_INVOCATION: Final = "adapter.alora.invocation_tokens"
+# Fields, texts in arrays and tensors together: who reads them computes nothing meanwhile.
+# The largest vocabularies have some hundred thousand tokens, and as many merges.
+_ITEMS_MAX: Final = 2_000_000
 
 Scalar = str | int | float | bool
 
@@ -70,12 +75,14 @@ class Description:
     """What a GGUF file says about itself.
 
     Attributes:
-        fields: single values by name; arrays are left out.
+        fields: single values by name; arrays and doubles are left out.
+        names: of all fields.
         tensors: by name.
         data_size: bytes behind the description.
     """
 
     fields: dict[str, Scalar]
+    names: frozenset[str]
     tensors: dict[str, Tensor]
     data_size: int
 
@@ -114,7 +121,10 @@ def check_adapter_file(path: Path, model: Description) -> None:
         if adapter.fields.get(name) != expected:
             raise AdapterUnusable(f"the file's {name} is not {expected!r}")
     if not isinstance(adapter.fields.get("adapter.lora.alpha"), float):
-        raise AdapterUnusable("the file has no adapter.lora.alpha")
+        # llama.cpp ends the process when it is a double.
+        raise AdapterUnusable("the file has no adapter.lora.alpha in 32 bits")
+    if _INVOCATION in adapter.names:
+        raise AdapterUnusable("the adapter acts only behind an invocation, which is not supported")
     if not adapter.tensors:
         raise AdapterUnusable("the adapter has no tensors")
     bases = {_base_of(name) for name in adapter.tensors}
@@ -182,16 +192,19 @@ class _Reader:
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file = file
         self._size = size
+        self._items_left = _ITEMS_MAX
 
     def read(self) -> Description:
         if self._file.read(len(_MAGIC)) != _MAGIC:
             raise NotGgufError("it does not begin with GGUF")
         if self._number("<I") not in _VERSIONS:
             raise NotGgufError("it has an unknown version")
-        tensor_count, field_count = self._count(), self._count()
+        tensor_count, field_count = self._items(), self._items()
         fields: dict[str, Scalar] = {}
+        names: set[str] = set()
         for _ in range(field_count):
             name = self._text()
+            names.add(name)
             value = self._value(int(self._number("<I")), 0)
             if value is not None:
                 fields[name] = value
@@ -201,11 +214,11 @@ class _Reader:
             if len(name) > _NAME_MAX:
                 raise NotGgufError("a tensor's name is too long")
             tensors[name] = self._tensor()
-        alignment = int(fields.get("general.alignment", _ALIGNMENT_DEFAULT))
-        if alignment < 1:
+        alignment = fields.get("general.alignment", _ALIGNMENT_DEFAULT)
+        if not isinstance(alignment, int) or alignment < 1:
             raise NotGgufError("it has an impossible alignment")
         start = -(-self._file.tell() // alignment) * alignment
-        return Description(fields, tensors, max(self._size - start, 0))
+        return Description(fields, frozenset(names), tensors, max(self._size - start, 0))
 
     def _tensor(self) -> Tensor:
         dimensions = int(self._number("<I"))
@@ -223,7 +236,8 @@ class _Reader:
         layout = _FORMATS.get(kind)
         if layout is None:
             raise NotGgufError("a field has an unknown type")
-        return self._number(layout)
+        value = self._number(layout)
+        return None if kind == _DOUBLE else value
 
     def _skip_array(self, depth: int) -> None:
         kind, count = int(self._number("<I")), self._count()
@@ -231,10 +245,10 @@ class _Reader:
         if layout is not None:
             self._skip(struct.calcsize(layout) * count)
         elif kind == _STRING:
-            for _ in range(count):
+            for _ in range(self._spend(count)):
                 self._skip(self._count())
         elif depth < _DEPTH_MAX:
-            for _ in range(count):
+            for _ in range(self._spend(count)):
                 self._value(kind, depth + 1)
         else:
             raise NotGgufError("a field is nested too deeply")
@@ -245,6 +259,16 @@ class _Reader:
         if count > min(self._size - self._file.tell(), self._size):
             raise NotGgufError("it is not complete")
         return count
+
+    def _items(self) -> int:
+        return self._spend(self._count())
+
+    def _spend(self, items: int) -> int:
+        """Bounds the steps of all loops together."""
+        self._items_left -= items
+        if self._items_left < 0:
+            raise NotGgufError("it has too many parts")
+        return items
 
     def _text(self) -> str:
         length = self._count()

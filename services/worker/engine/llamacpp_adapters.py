@@ -99,8 +99,10 @@ class AdapterShelf:
         self._use(adapter).users += 1
 
     def give_back(self, adapter: Adapter) -> None:
-        """Ends one take."""
-        self._residents[adapter.digest].users -= 1
+        """Ends one take; until then it was in use."""
+        resident = self._residents.pop(adapter.digest)
+        resident.users -= 1
+        self._residents[adapter.digest] = resident
 
     def handle_of(self, digest: str) -> Handle:
         """The handle of an adapter that was taken."""

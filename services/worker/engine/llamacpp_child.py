@@ -33,7 +33,6 @@ from services.worker.engine.llamacpp_api import PACKAGE, open_library
 from services.worker.engine.llamacpp_api import VERSION as LIBRARY_VERSION
 from services.worker.engine.llamacpp_embedding import SLOTS_MAX, EmbeddingQueue, LlamaStates
 from services.worker.engine.llamacpp_inflight import InflightBatch
-from services.worker.engine.llamacpp_logits import OutputMatcher
 from services.worker.engine.llamacpp_model import LlamaModel, ModelSettings
 from services.worker.engine.llamacpp_wire import (
     VERSION,
@@ -125,35 +124,32 @@ def main() -> int:
         except EngineStartError as error:
             link.send(pack_control(Kind.REFUSED, {"message": str(error)}))
             return 1
-        link.send(pack_control(Kind.READY, _describe(model, digest)))
-        Server(link, model, settings).serve()
+        grammars = _read_vocabulary(model)
+        facts = _describe(model, digest)
+        facts["constrains"] = grammars is not None
+        link.send(pack_control(Kind.READY, facts))
+        Server(link, model, grammars, settings).serve()
     except ParentGoneError:
         return 0
     return 0
 
 
-class Grammars:
-    """Compiles constraints over a model's vocabulary, which is read when the first one comes.
+def _read_vocabulary(model: LlamaModel) -> MatcherFactory | None:
+    """What compiles constraints; None when there can be none.
 
-    Args:
-        model: whose vocabulary it is.
+    It takes up to a second for large vocabularies, half of it with the interpreter to itself, so it
+    is done before there are lanes that would wait.
     """
-
-    def __init__(self, model: LlamaModel) -> None:
-        self._model = model
-        self._factory: MatcherFactory | None = None
-
-    def compile(self, grammar: str) -> OutputMatcher:
-        """Compiles one; always called on the same thread.
-
-        Raises:
-            MatcherError: it is malformed or too large.
-        """
-        if self._factory is None:
-            pieces, specials = self._model.pieces()
-            ends: list[int] = np.flatnonzero(self._model.is_end).tolist()
-            self._factory = MatcherFactory(pieces, end_ids=ends, control_ids=specials)
-        return self._factory.make(grammar)
+    ends: list[int] = np.flatnonzero(model.is_end).tolist()
+    if not ends:
+        # Without a token that ends a generation no constrained output could end.
+        return None
+    pieces, specials = model.pieces()
+    try:
+        return MatcherFactory(pieces, end_ids=ends, control_ids=specials)
+    except ValueError:
+        # llguidance cannot read it. Whoever asks for no constraint can be served all the same.
+        return None
 
 
 class Server:
@@ -162,10 +158,17 @@ class Server:
     Args:
         link: to the parent.
         model: that is loaded.
+        grammars: compiles constraints, always on the same thread; None when there are none.
         settings: of START.
     """
 
-    def __init__(self, link: Link, model: LlamaModel, settings: dict[str, Value]) -> None:
+    def __init__(
+        self,
+        link: Link,
+        model: LlamaModel,
+        grammars: MatcherFactory | None,
+        settings: dict[str, Value],
+    ) -> None:
         self._link = link
         capacity = int(settings["capacity"] or 0)
         rows = int(settings["prefill_tokens"] or 0)
@@ -177,7 +180,7 @@ class Server:
             context_length=model.context_length,
             prefill_tokens=rows,
             shelf=self._shelf,
-            compile_grammar=Grammars(model).compile if model.is_end.any() else None,
+            compile_grammar=None if grammars is None else grammars.make,
         )
         self._embeddings = EmbeddingQueue(
             lambda: LlamaStates(model, slots=min(SLOTS_MAX, capacity), rows=rows), rows=rows
@@ -280,7 +283,6 @@ def _describe(model: LlamaModel, digest: str) -> dict[str, Value]:
         "is_deterministic": model.is_deterministic,
         "embedding_dimensions": model.embedding_dimensions,
         "keeps_prefixes": model.keeps_prefixes,
-        "ends": bool(model.is_end.any()),
     }
 
 

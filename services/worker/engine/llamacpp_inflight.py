@@ -251,7 +251,7 @@ class InflightBatch:
         if not changes_logits(request):
             return None
         if waiting.compiling is not None:
-            return LogitRules(request, self._decoder.is_end, waiting.compiling.result())
+            return LogitRules(request, self._decoder.is_end, waiting.matcher())
         if request.constraint is not None:
             raise MatcherError("this model's output cannot be constrained")
         return LogitRules(request, self._decoder.is_end, None)

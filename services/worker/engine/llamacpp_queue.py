@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from services.worker.engine.base import EngineRequest, Lane
-from services.worker.engine.llamacpp_logits import OutputMatcher
+from services.worker.engine.llamacpp_logits import MatcherError, OutputMatcher
 
 Compile = Callable[[str], OutputMatcher]
 """Compiles a grammar for one output; raises matcher.MatcherError."""
@@ -39,6 +39,22 @@ class Waiting:
     def tokens(self) -> int:
         """Tokens to prefill."""
         return len(self.request.prompt_ids) + len(self.request.continue_ids)
+
+    def matcher(self) -> OutputMatcher:
+        """The compiled constraint; there has to be one.
+
+        Raises:
+            MatcherError: it could not be compiled, for whatever reason: that ends this lane, and
+                not the process with all others.
+        """
+        assert self.compiling is not None
+        error = self.compiling.exception()
+        if error is None:
+            return self.compiling.result()
+        if isinstance(error, MatcherError):
+            raise error
+        # Of other errors the text may show what somebody wrote.
+        raise MatcherError(f"the constraint cannot be compiled: {type(error).__name__}")
 
 
 class WaitingQueue:

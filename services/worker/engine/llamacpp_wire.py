@@ -295,10 +295,10 @@ def unpack_step(body: bytes, batch: StepBatch) -> Counters:
     if ended:
         lanes, stops = columns.take("q", ended), columns.take("i", ended)
         ends += zip(lanes, stops, columns.take("B", ended), strict=True)
-    if rows and (blocks or batch.scores is not None):
-        batch.scores = extend_scores(
-            batch.scores, rows_before, rows, [columns.take_block() for _ in range(blocks)]
-        )
+    # Blocks come without rows, too: where all that were scored are ends, which are not shown.
+    scored = [columns.take_block() for _ in range(blocks)]
+    if rows and (scored or batch.scores is not None):
+        batch.scores = extend_scores(batch.scores, rows_before, rows, scored)
     for _ in range(parts):
         lane, offset = columns.take_fixed(_PART)
         batch.prompt_scores.append(PromptScores(lane, offset, to_scores(columns.take_block())))

@@ -1,7 +1,10 @@
 """Which tokens may come next under a constraint: llguidance over the vocabulary of one model.
 
 Engines that enforce constraints by themselves, token by token, share this. Everything is bounded:
-grammars that are too large, and steps that would take too long, end in a MatcherError.
+grammars that are too large, and steps that would take too long, end in a MatcherError. So does an
+output whose steps take too much processor time: of an ambiguous grammar (`x ::= x x | "a"`) each
+step takes longer than the one before, and all lanes of the engine wait for it. What is common takes
+less than a tenth of the bound.
 
     allowed = matcher.mask()        before each token
     matcher.accept(token_id)        after it
@@ -9,6 +12,7 @@ grammars that are too large, and steps that would take too long, end in a Matche
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 
@@ -22,6 +26,9 @@ Mask = npt.NDArray[np.bool_]
 # Compiled grammars that are kept: the outputs of one request have the same one, and so have the
 # requests of one program.
 COMPILED_MAX = 16
+# Processor time of the steps of one output: so much in advance, and so much more with each step.
+AHEAD_CPU_S = 0.5
+STEP_CPU_S = 0.025
 # What llguidance takes for a special token and never for text.
 _SPECIAL = b"\xff"
 
@@ -118,9 +125,10 @@ class Matcher:
         self._specials = specials
         self._ends = ends
         self._bits = allocate_token_bitmask(1, size)
+        self._cpu_left_s = AHEAD_CPU_S
 
     def mask(self) -> Mask:
-        """Says which tokens may come next. 5 us to 100 us, at most some ten ms.
+        """Says which tokens may come next. 5 us to 100 us for small vocabularies.
 
         Returns:
             shape (vocabulary,). The tokens that end an output are True where it may end; other
@@ -129,7 +137,9 @@ class Matcher:
         Raises:
             MatcherError: the step is too large, or nothing in the vocabulary fits.
         """
+        started_s = time.thread_time()
         fill_next_token_bitmask(self._matcher, self._bits)
+        self._spend(started_s)
         self._check()
         bits = np.unpackbits(self._bits.view(np.uint8)[0], bitorder="little", count=self._size)
         allowed: Mask = bits.view(np.bool_)
@@ -145,14 +155,22 @@ class Matcher:
         Raises:
             MatcherError: it is not allowed here.
         """
+        self._cpu_left_s = min(AHEAD_CPU_S, self._cpu_left_s + STEP_CPU_S)
+        started_s = time.thread_time()
         if not self._matcher.consume_token(token_id):
             raise MatcherError(f"token {token_id} does not fit the constraint")
+        self._spend(started_s)
         self._check()
 
     @property
     def is_over(self) -> bool:
         """Nothing but the end may follow."""
         return bool(self._matcher.is_stopped())
+
+    def _spend(self, started_s: float) -> None:
+        self._cpu_left_s -= time.thread_time() - started_s
+        if self._cpu_left_s < 0:
+            raise MatcherError("the constraint takes too much time")
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -165,7 +183,8 @@ def _limits() -> LLParserLimits:
         max_items_in_row=2_000,
         initial_lexer_fuel=1_000_000,
         step_lexer_fuel=200_000,
-        step_max_items=50_000,
+        # A grammar of single characters makes some for each token of the vocabulary.
+        step_max_items=500_000,
         max_lexer_states=50_000,
         max_grammar_size=500_000,
         # Messages must not show what a tenant wrote.

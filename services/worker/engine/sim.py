@@ -231,7 +231,11 @@ class SimEngine:
             EmbeddingFailed: an input is empty, too long or has a token that does not exist.
             EngineDied: it was stopped.
         """
-        found = self._embedding.embed(inputs, self._context_length)
+        found = np.empty((len(inputs), DIMENSIONS), dtype=np.float32)
+        for row, token_ids in enumerate(inputs):
+            found[row] = self._embedding.embed([token_ids], self._context_length)[0]
+            # Everybody else gets a turn: a request may have millions of tokens.
+            await asyncio.sleep(0)
         tokens = sum(len(token_ids) for token_ids in inputs)
         await self._clock.sleep_s(self._costs.step_s(tokens, 0))
         if self._is_stopped:
@@ -451,7 +455,9 @@ class SimEngine:
                 self._batch.lanes.append(run.lane)
                 self._batch.token_ids.append(token_id)
                 scored.add(run.speaker.place, token_id, run.request.top_logprobs)
-                if run.speaker.position >= run.end:
+                if run.speaker.is_over:
+                    self._finish(run, EndReason.END_OF_SEQUENCE)
+                elif run.speaker.position >= run.end:
                     self._finish(run, run.reason)
         self._batch.scores = scored.scores()
 

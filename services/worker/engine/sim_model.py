@@ -18,6 +18,7 @@ The end of the output is not in them: the model ends where sim_output.end_of say
 from __future__ import annotations
 
 import math
+from array import array
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +42,7 @@ from services.worker.engine.sim_output import (
 from services.worker.engine.sim_tokenizer import SimTokenizer
 
 Logits = npt.NDArray[np.float64]
-Bisect = Callable[[list[float], float], int]
+Bisect = Callable[[Sequence[float], float], int]
 
 TOP_LOGPROBS_MAX = 20
 LIFT = 0.5
@@ -53,8 +54,10 @@ _TOP = 8.0
 _FLOOR = -17.0
 # Shares of less than e^-40 of the likeliest are never drawn: there are no such random numbers.
 _NEGLIGIBLE = 40.0
-# Rows that are kept: three for each temperature in use.
-_TEMPERED_MAX = 48
+# Below this the likeliest token has all the weight that a number can hold.
+_TEMPERATURE_MIN = 1e-6
+# Rows that are kept, 30 kB each: three for each temperature in use.
+_TEMPERED_MAX = 768
 _DRAW = 0x5851F42D4C957F2D
 
 
@@ -106,7 +109,9 @@ class SimModel:
         self._totals: list[float] = np.exp(self._logits).sum(axis=1).tolist()
         order = np.argsort(-self._logits, axis=1, kind="stable")
         self._ranked = order[:, : TOP_LOGPROBS_MAX + 1]
-        self._order = order
+        self._words = [
+            RowWords.of(row, ranked) for row, ranked in zip(self._logits, order, strict=True)
+        ]
         self._tempered: OrderedDict[tuple[int, float], TemperedRow] = OrderedDict()
         # With the likeliest token lifted: its logit, and the logarithm of the sum of all.
         self._lifts = np.maximum(self._logits, _TOP) + LIFT
@@ -202,7 +207,7 @@ class SimModel:
         seen: Mask | None = None,
         mask: Mask | None = None,
     ) -> int:
-        """Draws a token: repetition, penalties, bias, constraint, temperature, top-k, top-p, min-p.
+        """Draws a token: bias, repetition, penalties, constraint, temperature, top-k, top-p, min-p.
 
         Args:
             place: position.
@@ -223,16 +228,17 @@ class SimModel:
             )
         logits = self._logits[place.row].copy()
         logits[place.likeliest] = self._lifted(place)
-        _penalize(logits, sampling, said, seen)
         for token_id, bias in sampling.logit_bias:
             logits[token_id] += bias
+        _penalize(logits, sampling, said, seen)
         logits[self._controls] = -np.inf
         if mask is not None:
             logits[~mask] = -np.inf
         if sampling.temperature == 0:
             return int(logits.argmax())
-        logits /= sampling.temperature
-        kept = np.flatnonzero(logits >= logits.max() - _NEGLIGIBLE)
+        # From the largest on, so that no temperature makes it more than a number can be.
+        logits = (logits - logits.max()) / max(sampling.temperature, _TEMPERATURE_MIN)
+        kept = np.flatnonzero(logits >= -_NEGLIGIBLE)
         kept = kept[np.argsort(-logits[kept], kind="stable")]
         weights = _filtered(np.exp(logits[kept] - logits[kept[0]]), sampling)
         ends = np.cumsum(weights)
@@ -272,8 +278,7 @@ class SimModel:
     def _tempered_row(self, row: int, temperature: float) -> TemperedRow:
         found = self._tempered.get((row, temperature))
         if found is None:
-            order = self._order[row][self._logits[row][self._order[row]] > _FLOOR]
-            found = TemperedRow(order.tolist(), self._logits[row][order], temperature)
+            found = TemperedRow(self._words[row], temperature)
             self._tempered[row, temperature] = found
             if len(self._tempered) > _TEMPERED_MAX:
                 self._tempered.popitem(last=False)
@@ -287,27 +292,47 @@ class SimModel:
         return math.log(self._totals[place.row] - usual + math.exp(self._lifted(place)))
 
 
-class TemperedRow:
-    """A row at one temperature, in order, so that filters and draws need no look at all of it.
+@dataclass(frozen=True, slots=True)
+class RowWords:
+    """The tokens of a row that are above the floor: all others have a hundred thousandth together.
 
-    Tokens at the floor are left out: together they have a hundred thousandth.
+    Attributes:
+        order: tokens, likeliest first.
+        ranks: of the tokens in that order.
+        logits: in that order.
     """
 
-    def __init__(self, order: list[int], logits: Logits, temperature: float) -> None:
-        """Sums up: 100 us.
+    order: list[int]
+    ranks: dict[int, int]
+    logits: Logits
+
+    @classmethod
+    def of(cls, logits: Logits, ranked: npt.NDArray[np.intp]) -> RowWords:
+        """Takes them from a row of logits; ranked has all tokens, likeliest first."""
+        above = ranked[logits[ranked] > _FLOOR]
+        order: list[int] = above.tolist()
+        ranks = {token_id: rank for rank, token_id in enumerate(order)}
+        return cls(order, ranks, logits[above])
+
+
+class TemperedRow:
+    """A row at one temperature, in order, so that filters and draws need no look at all of it."""
+
+    def __init__(self, words: RowWords, temperature: float) -> None:
+        """Sums up: 30 us.
 
         Args:
-            order: tokens, likeliest first.
-            logits: of these.
+            words: of the row.
             temperature: above 0.
         """
-        weights = np.exp((logits - _TOP - LIFT) / temperature)
-        self._order = order
-        self._ranks = {token_id: rank for rank, token_id in enumerate(order)}
-        self._weights: list[float] = weights.tolist()
-        # Descending weights as an ascending list, for bisection.
-        self._negative: list[float] = (-weights).tolist()
-        self._sums: list[float] = np.concatenate(([0.0], np.cumsum(weights))).tolist()
+        coldness = 1 / max(temperature, _TEMPERATURE_MIN)
+        weights = np.exp((words.logits - _TOP - LIFT) * coldness)
+        self._order = words.order
+        self._ranks = words.ranks
+        self._weights = array("d", weights.tobytes())
+        # Descending weights as an ascending column, for bisection.
+        self._negative = array("d", (-weights).tobytes())
+        self._sums = array("d", np.concatenate(([0.0], np.cumsum(weights))).tobytes())
 
     def draw(self, likeliest: int, sampling: Sampling, share: float) -> int:
         """Draws a token: top-k, top-p, min-p. 4 us.

@@ -162,11 +162,11 @@ def _functions_of(system: str) -> list[_Function]:
         try:
             function = json.loads(line)["function"]
             name, parameters = function["name"], function.get("parameters")
+            schema = json.dumps(parameters if isinstance(parameters, dict) else {"type": "object"})
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
         if isinstance(name, str):
-            schema = parameters if isinstance(parameters, dict) else {"type": "object"}
-            found.append(_Function(name, json.dumps(schema)))
+            found.append(_Function(name, schema))
     return found
 
 

@@ -188,6 +188,11 @@ class Speaker:
         return token_id
 
     @property
+    def is_over(self) -> bool:
+        """Whether the constraint lets nothing but the end follow."""
+        return self._matcher is not None and self._matcher.is_over
+
+    @property
     def _text_position(self) -> int:
         return self.position - self._script_tokens
 

@@ -14,6 +14,7 @@ from llguidance import LLMatcher, grammar_from
 from services.worker.engine.base import (
     Constraint,
     ConstraintKind,
+    Ended,
     EndReason,
     EngineRequest,
 )
@@ -255,6 +256,51 @@ async def test_ignoring_the_end_goes_on_as_long_as_the_constraint_lets_it(
 
     assert len(text_of(harness, token_ids)) == 6
     assert ended.reason is EndReason.END_OF_SEQUENCE
+
+
+async def test_an_output_that_is_complete_with_its_last_token_has_ended_by_itself(
+    harness: Harness,
+) -> None:
+    if cannot(harness, ConstraintKind.REGEX):
+        return
+    whole = constrained(regex_constraint("[0-9]{3}"), 1)
+    token_ids, _ = await harness.run(1, whole)
+
+    exact = replace(whole, max_output_tokens=len(token_ids))
+    shorter = replace(whole, max_output_tokens=len(token_ids) - 1)
+
+    assert await harness.run(2, exact) == (token_ids, Ended(2, EndReason.END_OF_SEQUENCE))
+    assert await harness.run(3, shorter) == (token_ids[:-1], Ended(3, EndReason.MAX_TOKENS))
+
+
+async def test_more_output_than_the_constraint_lets_be_does_not_come(harness: Harness) -> None:
+    if cannot(harness, ConstraintKind.REGEX):
+        return
+    request = replace(constrained(regex_constraint("[ab]{1,6}"), 1), min_output_tokens=50)
+
+    token_ids, ended = await harness.run(1, request)
+
+    assert len(text_of(harness, token_ids)) == 6
+    assert ended.reason is EndReason.END_OF_SEQUENCE
+
+
+async def test_a_scored_output_of_no_tokens_ends_like_any_other(harness: Harness) -> None:
+    if cannot(harness, ConstraintKind.REGEX) or harness.info.abilities.max_top_logprobs is None:
+        return
+    # Only the end and a word that is forbidden may come.
+    tokenizer = harness.row.tokenizer()
+    barred = [
+        (token_id, -100.0)
+        for token_id in range(tokenizer.vocabulary_size)
+        if tokenizer.token_bytes(token_id).startswith(b"q")
+    ]
+    request = constrained(regex_constraint("q?"), 1)
+    request = replace(request, sampling=replace(request.sampling, logit_bias=tuple(barred)))
+
+    told = await harness.run(1, replace(request, top_logprobs=2))
+
+    assert told == ([], Ended(1, EndReason.END_OF_SEQUENCE))
+    assert len((await harness.run(2, ask(5)))[0]) == 5
 
 
 async def test_an_execution_with_a_constraint_can_be_aborted_at_once(harness: Harness) -> None:

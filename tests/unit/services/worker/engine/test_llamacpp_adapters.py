@@ -70,6 +70,17 @@ def test_the_one_unused_for_longest_goes_and_those_in_use_stay() -> None:
     assert shelf.names == ("adapters/1", "adapters/2", "adapters/4")
 
 
+def test_the_time_of_use_is_when_it_ends() -> None:
+    shelf = AdapterShelf(Loader(), resident_max=2)
+    shelf.take(adapter_of(1))
+    shelf.load(adapter_of(2))
+    shelf.give_back(adapter_of(1))
+
+    shelf.load(adapter_of(3))
+
+    assert shelf.names == ("adapters/1", "adapters/3")
+
+
 def test_a_dropped_one_is_loaded_again_when_it_is_taken() -> None:
     loader = Loader()
     shelf = AdapterShelf(loader, resident_max=1)
@@ -126,6 +137,8 @@ class Draft:
         self.fields: dict[str, str] = {"general.type": "adapter", "adapter.type": "lora"}
         self.architecture = "llama"
         self.has_alpha = True
+        self.doubles: dict[str, float] = {}
+        self.lists: dict[str, list[int]] = {}
         rows, columns, rank = 128, 256, 4
         self.tensors = {
             "blk.0.attn_v.weight.lora_a": np.zeros((rank, columns), np.float32),
@@ -138,6 +151,10 @@ class Draft:
             writer.add_string(name, value)
         if self.has_alpha:
             writer.add_float32("adapter.lora.alpha", 8.0)
+        for name, number in self.doubles.items():
+            writer.add_float64(name, number)
+        for name, numbers in self.lists.items():
+            writer.add_array(name, numbers)
         for name, tensor in self.tensors.items():
             writer.add_tensor(name, tensor)
         writer.write_header_to_file()
@@ -164,6 +181,20 @@ def spoil_architecture(draft: Draft) -> None:
 
 def spoil_alpha(draft: Draft) -> None:
     draft.has_alpha = False
+
+
+def spoil_alpha_type(draft: Draft) -> None:
+    # llama.cpp ends the process when it reads this one.
+    draft.has_alpha = False
+    draft.doubles["adapter.lora.alpha"] = 8.0
+
+
+def spoil_alignment(draft: Draft) -> None:
+    draft.fields["general.alignment"] = "wide"
+
+
+def spoil_invocation(draft: Draft) -> None:
+    draft.lists["adapter.alora.invocation_tokens"] = [1, 2]
 
 
 def spoil_tensors(draft: Draft) -> None:
@@ -219,6 +250,9 @@ def test_an_adapter_that_fits_is_taken(tmp_path: Path, model: Description) -> No
         (spoil_kind, "adapter.type is not 'lora'"),
         (spoil_architecture, "general.architecture is not 'llama'"),
         (spoil_alpha, "no adapter.lora.alpha"),
+        (spoil_alpha_type, "no adapter.lora.alpha in 32 bits"),
+        (spoil_alignment, "impossible alignment"),
+        (spoil_invocation, "behind an invocation"),
         (spoil_tensors, "no tensors"),
         (spoil_name, "no part of a LoRA"),
         (spoil_layer, "the model has no tensor"),
@@ -273,6 +307,19 @@ def test_lengths_that_the_file_cannot_have_are_not_believed(
         bad.write_bytes(spoiled)
         with pytest.raises(AdapterUnusable, match="not complete"):
             check_adapter_file(bad, model)
+
+
+def test_a_file_of_very_many_parts_is_refused_before_they_are_read(
+    tmp_path: Path, model: Description
+) -> None:
+    many = tmp_path / "many.gguf"
+    # A field of millions of empty texts.
+    texts = 2_000_001
+    head = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q1sII", 1, b"t", 9, 8)
+    many.write_bytes(head + struct.pack("<Q", texts) + bytes(8 * texts))
+
+    with pytest.raises(AdapterUnusable, match="too many parts"):
+        check_adapter_file(many, model)
 
 
 def test_a_file_with_changed_bytes_is_taken_or_refused_and_nothing_else(

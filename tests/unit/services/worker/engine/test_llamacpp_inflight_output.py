@@ -25,6 +25,7 @@ from tests.unit.services.worker.engine.llamacpp_world import (
     World,
     ask,
     continued,
+    next_id,
 )
 
 PROMPT = tuple(range(2, 26))
@@ -154,6 +155,21 @@ def test_others_pass_a_lane_whose_constraint_is_being_compiled() -> None:
     assert world.ended[0].reason is EndReason.END_OF_SEQUENCE
 
 
+def test_a_compiler_that_breaks_fails_its_lane_alone_and_shows_nothing() -> None:
+    def break_down(grammar: str) -> OutputMatcher:
+        raise ValueError(grammar)
+
+    world = World(compile_grammar=break_down)
+    world.batch.submit(0, constrained("secret"))
+    world.batch.submit(1, ask((1, 2), 5))
+
+    world.run()
+
+    message = "the constraint cannot be compiled: ValueError"
+    assert world.ended[0] == Ended(0, EndReason.FAILED, None, message)
+    assert world.outputs[1] == continued((1, 2), 5)
+
+
 def test_a_lane_whose_constraint_is_being_compiled_can_be_aborted() -> None:
     may_compile = threading.Event()
 
@@ -235,6 +251,16 @@ def test_a_token_that_is_not_told_has_no_scores(world: World) -> None:
     for lane in (0, 1):
         tops = [scores.top_token_ids[0] for scores in world.scores[lane]]
         assert tops == world.outputs[lane]
+
+
+def test_a_step_that_tells_nothing_but_a_scored_end_can_be_read(world: World) -> None:
+    first = next(token for token in range(END) if next_id([token]) == END)
+    world.batch.submit(0, replace(ask((first,), 3, ignore_eos=False), top_logprobs=1))
+
+    world.run()
+
+    assert world.ended[0].reason is EndReason.END_OF_SEQUENCE
+    assert world.outputs[0] == []
 
 
 @pytest.mark.parametrize("company", [0, 2])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from llguidance import LLMatcher
 
+from services.worker.engine import matcher
 from services.worker.engine.matcher import COMPILED_MAX, Matcher, MatcherError, MatcherFactory
 from services.worker.engine.sim_tokenizer import BYTE_COUNT, CONTROL_TOKENS, SimTokenizer
 
@@ -122,6 +123,19 @@ def test_a_step_that_would_take_too_long_is_an_error() -> None:
 
     with pytest.raises(MatcherError, match="too many steps"):
         say_a(matcher, times=200)
+
+
+def test_an_output_whose_steps_get_ever_longer_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(matcher, "AHEAD_CPU_S", 0.05)
+    monkeypatch.setattr(matcher, "STEP_CPU_S", 0.001)
+    # As many ways to read a text as there are ways to put brackets around its letters.
+    ambiguous = FACTORY.make(LLMatcher.grammar_from_lark('start: x\nx: x x | "a"\n'))
+
+    with pytest.raises(MatcherError, match="too much time"):
+        say_a(ambiguous, 1000)
+    say_a(matches("a*"), 1000)
 
 
 def test_forced_text_goes_in_long_tokens() -> None:

@@ -234,6 +234,17 @@ async def test_embedding_takes_as_long_as_its_prefill() -> None:
     assert await took(clock, waiting) == pytest.approx(0.080 + 0.010, abs=0.002)
 
 
+async def test_others_get_their_turn_while_many_inputs_are_embedded() -> None:
+    engine = make()
+    embedding = asyncio.ensure_future(engine.embed([PROMPT] * 200))
+
+    said, _ = await say(engine, ask(20))
+
+    assert len(said) == 20
+    assert not embedding.done()
+    assert len(await embedding) == 200
+
+
 async def test_texts_that_share_tokens_are_closer() -> None:
     def spell(text: str) -> list[int]:
         return TOKENIZER.encode(text, parse_special=False)

@@ -75,6 +75,15 @@ def test_low_temperature_prefers_the_likeliest() -> None:
     assert shares[-1] > 300
 
 
+@pytest.mark.parametrize("bias", [(), ((0, 0.0),)])
+def test_the_lowest_temperature_there_is_takes_the_likeliest(
+    bias: tuple[tuple[int, float], ...],
+) -> None:
+    coldest = replace(FREE, temperature=math.ulp(0), logit_bias=bias)
+
+    assert set(draws(coldest)) == {PLACE.likeliest}
+
+
 def test_top_k_keeps_so_many() -> None:
     ids, _ = MODEL.top(PLACE, 4)
 
