@@ -26,6 +26,7 @@ JSON_VALUES_MAX = 65_536
 # Messages, parts and calls of a conversation together: each takes some microseconds wherever it is
 # looked at. Single fields would allow as many as there is room for in a request, a million.
 PIECES_MAX = 16_384
+_PIECE_BYTES_MIN = 2
 
 Spec: TypeAlias = generation_pb2.GenerationSpec | engine_pb2.Execution
 """Whatever has a conversation, tools and reasoning, by these names."""
@@ -89,6 +90,12 @@ def pieces_of(chat: generation_pb2.ChatInput) -> int:
     return len(messages) + parts + sum([len(message.tool_calls) for message in messages])
 
 
+def has_more_pieces(chat: generation_pb2.ChatInput, most: int) -> bool:
+    """Tells whether a conversation has more messages, parts and calls together than `most`."""
+    # Few bytes cannot be many pieces: most conversations are not counted at all.
+    return chat.ByteSize() > _PIECE_BYTES_MIN * most and pieces_of(chat) > most
+
+
 def parse_object(text: str, *, depth_max: int = JSON_DEPTH_MAX) -> JsonObject:
     """Parses a JSON object.
 
@@ -114,7 +121,7 @@ def parse_object(text: str, *, depth_max: int = JSON_DEPTH_MAX) -> JsonObject:
 
 def _violations(spec: Spec) -> Iterator[Violation]:
     is_chat = spec.WhichOneof("input") == "chat"
-    if is_chat and pieces_of(spec.chat) > PIECES_MAX:
+    if is_chat and has_more_pieces(spec.chat, PIECES_MAX):
         yield Violation(
             "spec.chat.messages",
             FieldRule.TOO_MANY,

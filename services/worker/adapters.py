@@ -94,8 +94,10 @@ class Adapters:
         try:
             path = self._find(wanted)
             digest = self._digest(path)
-        except OSError as error:
-            log.warning("adapter unreadable", adapter=wanted.name, cause=error.strerror)
+        # The latter is what links that lead to themselves raised before Python 3.13.
+        except (OSError, RuntimeError) as error:
+            cause = error.strerror if isinstance(error, OSError) else "links in a circle"
+            log.warning("adapter unreadable", adapter=wanted.name, cause=cause)
             raise _unusable(wanted, "its file is missing or cannot be read") from None
         if digest != wanted.digest:
             raise _unusable(wanted, "its file has another digest than the catalog says")

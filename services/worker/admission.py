@@ -12,6 +12,7 @@ from maas.common.v1 import capabilities_pb2
 from maas.engine.v1 import engine_pb2
 from maas.inference.v1 import generation_pb2, tools_pb2
 
+from libs.chat_rules import PIECES_MAX, check_spec, has_more_pieces
 from libs.errors import (
     FieldRule,
     InvalidArgument,
@@ -28,7 +29,7 @@ from services.worker.constraints import compile_constraint
 from services.worker.engine.base import Constraint, EndReason, EngineInfo, EngineRequest
 from services.worker.formats import Formats
 from services.worker.parsing import starts_in_reasoning
-from services.worker.prompt import PromptBuilder
+from services.worker.prompt import SHORT_PIECES_MAX, PromptBuilder
 from services.worker.requests import count_of, engine_requests
 from services.worker.rich import NO_EXTRAS, Extras
 from services.worker.stops import matcher_of
@@ -70,7 +71,7 @@ class Admission:
         self._validator.prepare(engine_pb2.Execution.DESCRIPTOR)
 
     def check(self, execution: engine_pb2.Execution) -> None:
-        """Checks all but the prompt.
+        """Checks all but the prompt; of long conversations only what costs no time on the loop.
 
         Raises:
             NotFound: the model version is not served here.
@@ -82,13 +83,10 @@ class Admission:
             raise invalid_field(
                 "spec.input", FieldRule.TOO_LONG, f"is longer than {EXECUTION_BYTES_MAX} bytes"
             )
-        try:
-            self._validator.check(execution)
-        except InvalidArgument as error:
-            raise _of_request(error) from error
+        if not _is_long(execution):
+            self._check_fields(execution)
         require_able(execution, self._capabilities)
         _require(execution)
-        self._prompts.check_size(execution)
         self._prompts.check_ids(execution.stop.stop_token_ids, "spec.stop.stop_token_ids")
         self._prompts.check_ids(execution.continue_token_ids, "continue_token_ids")
         if execution.sampling.logit_bias:
@@ -107,9 +105,12 @@ class Admission:
         """Makes the work of a checked execution. May run in a thread.
 
         Raises:
-            InvalidArgument: the prompt is wrong, does not fit, or costs more than the charge limit;
-                or the constraint is none that can be enforced.
+            InvalidArgument: a field of a long conversation breaks a limit; the prompt is wrong,
+                does not fit, or costs more than the charge limit; or the constraint is none that
+                can be enforced.
         """
+        if _is_long(execution):
+            self._check_fields(execution)
         prompt = self._prompts.build(execution)
         most = self._info.context_length - 1
         if len(prompt.ids) > most:
@@ -144,6 +145,14 @@ class Admission:
             return EndReason.CONTEXT_FULL
         return None
 
+    def _check_fields(self, execution: engine_pb2.Execution) -> None:
+        """Checks the limits of single fields, and whether the prompt can fit."""
+        try:
+            self._validator.check(execution)
+        except InvalidArgument as error:
+            raise _of_request(error) from error
+        self._prompts.check_size(execution)
+
     def _constraint(self, execution: engine_pb2.Execution) -> Constraint | None:
         """Compiles what the output has to be."""
         has_constraint, has_tools = execution.HasField("constraint"), execution.HasField("tools")
@@ -167,7 +176,8 @@ class Admission:
         has_tools = options.tools and options.mode != tools_pb2.TOOL_MODE_NONE
         is_bound = execution.HasField("constraint") or options.mode == tools_pb2.TOOL_MODE_REQUIRED
         tools = self._formats.tools if has_tools else None
-        reasoning = None if is_bound else self._formats.reasoning
+        has_reasoning = self._capabilities.reasoning and not is_bound
+        reasoning = self._formats.reasoning if has_reasoning else None
         if tools is None and reasoning is None:
             return None
         return Splitting(
@@ -186,6 +196,19 @@ class Admission:
             FieldRule.OUT_OF_RANGE,
             f"must be below {self._info.vocabulary_size}, the size of the vocabulary",
         )
+
+
+def _is_long(execution: engine_pb2.Execution) -> bool:
+    """Tells whether a conversation has too many pieces to look at each of them on the event loop.
+
+    Raises:
+        InvalidArgument: it has too many for anybody to look at.
+    """
+    if not has_more_pieces(execution.chat, SHORT_PIECES_MAX):
+        return False
+    if has_more_pieces(execution.chat, PIECES_MAX):
+        check_spec(execution)
+    return True
 
 
 def _extras(output: generation_pb2.OutputOptions) -> Extras:

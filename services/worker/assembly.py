@@ -90,7 +90,7 @@ def assemble(
         admission=admission,
         vocabulary=model.vocabulary,
         preparation=preparation,
-        dimensions=info.abilities.embedding_dimensions,
+        dimensions=model.capabilities.embedding_dimensions,
         worker=worker,
     )
     service = EngineService(

@@ -187,16 +187,16 @@ class Delivery:
             if whole is not None:
                 run.show_row(rich.single(token_id, whole))
                 return
-        mark = rich.mark_of(token_id)
-        release = text.push(token_id) if mark is None else text.finish()
+        is_mark = rich.is_mark(token_id)
+        release = text.finish() if is_mark else text.push(token_id)
         run.show(release)
         if release.stop is not None:
             run.show_rest()
             self._on_stopped(run, stop_to_pb(release.stop))
             return
-        if mark is not None:
+        if is_mark:
             text = run.text = run.new_text(self._pieces)
-            run.show(Release((token_id,), mark))
+            run.show(Release((token_id,), rich.text_of_mark(token_id)))
         if rich.is_plain:
             self._become_plain(run, text)
 

@@ -65,7 +65,7 @@ class Embedder:
             admission: knows which versions are served.
             vocabulary: of the model.
             preparation: where inputs become ids.
-            dimensions: numbers of an embedding; 0 when the engine makes none.
+            dimensions: numbers of an embedding; 0 when the model makes none here.
             worker: name of this worker.
         """
         self._engine = engine
@@ -136,7 +136,10 @@ class Embedder:
         made = _Made()
         self._preparation.require_room()
         for part in _parts(request.inputs):
-            await self._preparation.run(request.execution_id, self._tokenize, request, part, made)
+            size = sum(request.inputs[place].ByteSize() for place in part)
+            await self._preparation.run(
+                request.execution_id, size, self._tokenize, request, part, made
+            )
         try:
             vectors = await self._engine.embed(made.ids)
         except EmbeddingFailed as error:

@@ -40,7 +40,7 @@ from services.worker.delivery import Delivery
 from services.worker.engine.base import Ended, EndReason, Engine, EngineDied, EngineInfo, Lane
 from services.worker.places import Places
 from services.worker.preparation import Preparation, guarded
-from services.worker.prompt import is_short
+from services.worker.prompt import is_short, work_of
 from services.worker.reports import Reports
 from services.worker.requests import count_of
 from services.worker.runs import UNLIMITED_S, Place, Run, Stream
@@ -271,7 +271,9 @@ class Executions:
         self._preparation.require_room(self._preparing)
         self._preparing += 1
         self._places.add(place)
-        stream.tasks.create_task(self._prepare(place, execution), name="prepare")
+        place.preparing = stream.tasks.create_task(self._prepare(place, execution), name="prepare")
+        # Not in the task: one that is cancelled before its first step does nothing at all.
+        place.preparing.add_done_callback(self._prepared)
 
     def _new_place(self, execution: engine_pb2.Execution) -> Place:
         deadline_s = limit_s = UNLIMITED_S
@@ -288,7 +290,9 @@ class Executions:
         """Makes away from the event loop what takes its time."""
         outbox = place.runs[0].outbox
         try:
-            made = await self._preparation.run(place.execution_id, self._admission.work, execution)
+            made = await self._preparation.run(
+                place.execution_id, work_of(execution), self._admission.work, execution
+            )
             if execution.HasField("adapter") and place.failure is None:
                 made = made.with_adapter(await self._adapters.ready(execution.adapter))
             if place.failure is None:
@@ -298,8 +302,10 @@ class Executions:
         except MaasError as error:
             self._give_up(place, error)
         finally:
-            self._preparing -= 1
             outbox.wake_soon()
+
+    def _prepared(self, _: asyncio.Task[None]) -> None:
+        self._preparing -= 1
 
     def _give_up(self, place: Place, error: MaasError) -> None:
         """Tells an execution that could not be prepared, unless it has been stopped."""
@@ -406,6 +412,9 @@ class Executions:
             for run in place.runs:
                 run.tell_failure(error)
             self._places.forget(place)
+            if place.preparing is not None:
+                # What nobody waits for is not made: the thread has others to serve.
+                place.preparing.cancel()
         else:
             speaking = [run for run in place.runs if run.engine_lane in self._delivery.running]
             if not speaking:

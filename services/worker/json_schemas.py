@@ -6,6 +6,7 @@ Bounds come first, as parsing, checking and compiling are only affordable within
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -42,6 +43,8 @@ _ONE = frozenset(
 _LISTS = frozenset({"allOf", "anyOf", "oneOf", "prefixItems"})
 _MAPS = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"})
 _NUMBERS = frozenset({"exclusiveMaximum", "exclusiveMinimum", "maximum", "minimum"})
+# A place in a list, as JSON pointers say it; not so long that Python refuses to read it.
+_PLACE = re.compile(r"0|[1-9][0-9]{0,6}")
 _METASCHEMA = Draft202012Validator(Draft202012Validator.META_SCHEMA)
 
 Schema = dict[str, object] | bool
@@ -279,7 +282,7 @@ def _resolve(schema: object, reference: str) -> object:
         name = part.replace("~1", "/").replace("~0", "~")
         if _is_object(place) and name in place:
             place = place[name]
-        elif isinstance(place, list) and name.isdecimal() and int(name) < len(place):
+        elif isinstance(place, list) and _PLACE.fullmatch(name) and int(name) < len(place):
             place = place[int(name)]
         else:
             raise SchemaInvalid("refers to what is not there")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from maas.engine.v1 import engine_pb2
 from maas.inference.v1 import generation_pb2, tools_pb2
 
-from libs.chat_rules import check_spec
+from libs.chat_rules import check_spec, pieces_of
 from libs.errors import FieldRule, InvalidArgument, Reason, invalid_field
 from services.worker.chat import ChatTemplate, Conversation, Turn
 from services.worker.conversation import conversation_of, plain_turns, shows_tools, veiled
@@ -29,8 +29,14 @@ from services.worker.veil import Torn, Veil
 
 # Texts longer than this are tokenised away from the event loop: about a millisecond's work.
 SHORT_CHARACTERS_MAX = 4096
+# Messages, parts and calls: likewise, and for checking them.
+SHORT_PIECES_MAX = 512
 # Likewise for the automaton of stop sequences: 2 us and more for each character.
 STOP_CHARACTERS_MAX = 512
+_PIECE_CHARACTERS = SHORT_CHARACTERS_MAX // SHORT_PIECES_MAX
+# What a message, a part or a call costs, and a byte of a constraint, as characters of a text.
+_PIECE_WORK = 32
+_CONSTRAINT_WORK = 16
 # As much as a text prompt may have (generation.proto), and as tokenizers take at once.
 RENDERED_BYTES_MAX = 1024 * 1024
 # Shapes of conversations, (role, has content) of each message, whose control tokens are kept; and
@@ -303,6 +309,19 @@ def is_short(execution: engine_pb2.Execution) -> bool:
             return True
 
 
+def work_of(execution: engine_pb2.Execution) -> int:
+    """Estimates what a request costs to make, as characters of a text to tokenise.
+
+    A message costs its template's statements, and a constraint what compiling it takes.
+    """
+    total = execution.ByteSize() + _PIECE_WORK * pieces_of(execution.chat)
+    if execution.HasField("constraint"):
+        total += _CONSTRAINT_WORK * execution.constraint.ByteSize()
+    if _constrains_calls(execution):
+        total += _CONSTRAINT_WORK * execution.tools.ByteSize()
+    return total
+
+
 def _constrains_calls(execution: engine_pb2.Execution) -> bool:
     """Tells whether a grammar has to be made of the tools, which takes milliseconds."""
     return shows_tools(execution) and (
@@ -312,9 +331,13 @@ def _constrains_calls(execution: engine_pb2.Execution) -> bool:
 
 
 def _characters(execution: engine_pb2.Execution) -> int:
-    # Each message counts, so that many empty ones are not short.
+    """Counts the characters of a conversation, until there are too many of them."""
     chat = execution.chat
-    total = sum(map(_message_characters, chat.messages)) + len(chat.template_variables_json)
+    total = len(chat.template_variables_json)
+    for message in chat.messages:
+        total += _message_characters(message)
+        if total > SHORT_CHARACTERS_MAX:
+            return total
     if execution.HasField("tools"):
         total += sum(
             64 + len(tool.description) + len(tool.parameters_json_schema)
@@ -324,7 +347,10 @@ def _characters(execution: engine_pb2.Execution) -> int:
 
 
 def _message_characters(message: generation_pb2.ChatMessage) -> int:
-    total = 8 + sum(len(part.text) or len(part.reasoning) for part in message.parts)
+    # Each message and part counts, so that many empty ones are not short.
+    parts = message.parts
+    total = _PIECE_CHARACTERS * (1 + len(parts))
+    total += sum([len(part.text) or len(part.reasoning) for part in parts])
     if message.tool_calls:
         total += sum(64 + len(call.arguments_json) for call in message.tool_calls)
     return total

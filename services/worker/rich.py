@@ -127,20 +127,34 @@ class RichOutput:
             and not self._parser.in_reasoning
         )
 
-    def prime(self, token_ids: Sequence[int]) -> None:
-        """Goes on behind tokens that were released elsewhere, and with them what they show."""
-        if self._parser is None or not token_ids:
-            return
-        data = self._pieces.data
-        known = b"".join(
-            self._marks[token_id].encode() if token_id in self._marks else data[token_id]
-            for token_id in token_ids
-        )
-        self._parser.push(known.decode("utf-8", "replace"))
+    def prime(self, token_ids: Sequence[int]) -> Sequence[int]:
+        """Goes on behind tokens that were released elsewhere, and with them what they show.
 
-    def mark_of(self, token_id: int) -> str | None:
-        """Returns the text that a control token has for the parser; None for other tokens."""
-        return self._marks.get(token_id)
+        Returns:
+            those behind the last mark, in which a stop sequence may have begun.
+        """
+        if self._parser is None or not token_ids:
+            return token_ids
+        data = self._pieces.data
+        begin = 0
+        for place in [row for row, token_id in enumerate(token_ids) if token_id in self._marks]:
+            self._know(data, token_ids[begin:place])
+            self._parser.push(self.text_of_mark(token_ids[place]))
+            begin = place + 1
+        self._know(data, token_ids[begin:])
+        return token_ids[begin:]
+
+    def is_mark(self, token_id: int) -> bool:
+        """Tells whether a token is a control token that may mean something to the parser."""
+        return token_id in self._marks
+
+    def text_of_mark(self, token_id: int) -> str:
+        """Returns the text of such a token for the parser, which has seen all text before it.
+
+        It has none where the parser would take it for a part of the answer.
+        """
+        mark = self._marks[token_id]
+        return mark if self._parser is not None and self._parser.seeks(mark) else ""
 
     def add_scores(self, scores: TokenScores, row: int) -> None:
         """Takes the log-probabilities of the next token that the engine drew.
@@ -213,6 +227,12 @@ class RichOutput:
                 top_logprobs,
             )
             yield scores_pb2.PromptScores(offset=offset, scores=part)
+
+    def _know(self, data: Sequence[bytes], token_ids: Sequence[int]) -> None:
+        """Tells the parser of text that was released elsewhere."""
+        if self._parser is not None:
+            known = b"".join([data[token_id] for token_id in token_ids])
+            self._parser.push(known.decode("utf-8", "replace"))
 
     def _take(self) -> Row:
         """Makes a row of all tokens that wait."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from maas.engine.v1 import engine_pb2
 from maas.inference.v1 import generation_pb2
@@ -51,6 +51,7 @@ class Place:
         is_started: the scheduler has been told of it.
         failure: why it was stopped from outside.
         stop: stops a call that has no outputs.
+        preparing: makes its prompt; None for one that was made at once.
     """
 
     __slots__ = (
@@ -60,6 +61,7 @@ class Place:
         "is_started",
         "limit_s",
         "open",
+        "preparing",
         "runs",
         "stop",
     )
@@ -75,6 +77,7 @@ class Place:
         self.is_started = False
         self.failure: MaasError | None = None
         self.stop: Callable[[], object] | None = None
+        self.preparing: asyncio.Task[None] | None = None
 
     @property
     def due_s(self) -> float:
@@ -151,7 +154,7 @@ class Run:
         Returns:
             whether a stop sequence has ended the output already, and only its end was lost.
         """
-        released = work.requests[0].continue_ids
+        released: Sequence[int] = work.requests[0].continue_ids
         self.is_capped = work.is_capped
         self.matcher = work.matcher
         self.includes_stop = work.includes_stop
@@ -161,7 +164,7 @@ class Run:
             return False
         self.text = self.new_text(pieces)
         if self.rich is not None:
-            self.rich.prime(released)
+            released = self.rich.prime(released)
         return self.text.prime(released)
 
     def new_text(self, pieces: TokenPieces) -> OutputText:

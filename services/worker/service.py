@@ -17,6 +17,7 @@ from services.worker.embedding import Embedder
 from services.worker.engine.base import Engine
 from services.worker.executions import Executions
 from services.worker.preparation import Preparation
+from services.worker.prompt import work_of
 from services.worker.runs import Stream
 from services.worker.vocabulary import Vocabulary
 
@@ -99,7 +100,9 @@ class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
         """Makes the prompt of an execution, and checks all of it."""
         execution = request.execution
         self._admission.check(execution)
-        work = await self._prepared(execution.execution_id, self._admission.work, execution)
+        work = await self._prepared(
+            execution.execution_id, work_of(execution), self._admission.work, execution
+        )
         return engine_service_pb.CountTokensResponse(input_tokens=work.input_tokens)
 
     @override
@@ -108,7 +111,7 @@ class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
     ) -> engine_service_pb.TokenizeResponse:
         """Turns text into token ids."""
         self._admission.require_version(request.model_version)
-        return await self._prepared("", self._vocabulary.tokenize, request)
+        return await self._prepared("", len(request.text), self._vocabulary.tokenize, request)
 
     @override
     async def Detokenize(
@@ -116,7 +119,8 @@ class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
     ) -> engine_service_pb.DetokenizeResponse:
         """Turns token ids into text."""
         self._admission.require_version(request.model_version)
-        return await self._prepared("", self._vocabulary.detokenize, request)
+        size = len(request.tokens.ids)
+        return await self._prepared("", size, self._vocabulary.detokenize, request)
 
     @override
     async def GetEngineInfo(
@@ -134,10 +138,10 @@ class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
             load=load_to_pb(self._engine.load(), preparing=self._executions.preparing)
         )
 
-    async def _prepared(self, name: str, make: Callable[[T], U], given: T) -> U:
+    async def _prepared(self, name: str, size: int, make: Callable[[T], U], given: T) -> U:
         """Makes something in the thread, if not too much waits for it."""
         self._preparation.require_room()
-        return await self._preparation.run(name, make, given)
+        return await self._preparation.run(name, size, make, given)
 
     async def _read(self, stream: Stream, context: Context) -> None:
         while True:

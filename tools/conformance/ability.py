@@ -14,12 +14,24 @@ from maas.inference.v1 import embedding_service_pb2, generation_pb2
 from libs.capabilities import FLAGS, NUMBERS
 from libs.errors import Code, Reason
 from tools.conformance.client import Refusal, Tenant
-from tools.conformance.probes import OUTPUTS_MAX, PROBES, Probe, Request
+from tools.conformance.probes import OUTPUTS_MAX, PROBES, Probe
+from tools.conformance.requests import Request
 from tools.conformance.trial import Trial
-from tools.conformance.verdict import Mismatch, expect, expect_equal
+from tools.conformance.verdict import CannotShow, Mismatch, expect, expect_equal
 
+_LEVELS = (
+    FLAGS,
+    # With a true flag above them they are looked at themselves.
+    ("tool_calls", "reasoning", "max_top_logprobs"),
+    ("strict_tools",),
+)
+"""What another deployment has switched off, one after the other."""
 _UNKNOWN_ENUM = 99
 _OVER = 1_000_000.0
+_DURATIONS = ((0, 0), (0, 999_999), (-1, 0), (86_400, 1))
+"""Seconds and nanoseconds that are no max_duration: below a millisecond, above a day."""
+_TOO_MANY = "has too many"
+_IS_MISSING = "is missing"
 _NUMBERS = (
     FieldDescriptor.CPPTYPE_INT32,
     FieldDescriptor.CPPTYPE_INT64,
@@ -35,7 +47,7 @@ async def flags_are_true(trial: Trial) -> None:
     books = trial.require_books()
     async with trial.tenant() as tenant:
         capabilities = (await tenant.capabilities()).capabilities
-        shown, refused = await _both_directions(tenant, capabilities)
+        shown, refused = await _both_directions(trial, tenant, capabilities)
         before = await books.posted()
         await _refusals(tenant, capabilities)
         expect_equal(before - await books.posted(), 0, "nanos taken for what was refused")
@@ -44,17 +56,20 @@ async def flags_are_true(trial: Trial) -> None:
         if not refused:
             trial.lack("refusals: this deployment can do everything")
         return
-    async with trial.deployment.disabled() as other, Trial(other) as second:
-        await _all_refused(second)
+    for flags in _LEVELS:
+        async with trial.deployment.disabled(flags) as other, Trial(other) as second:
+            await _all_refused(second, flags)
     trial.show("where an operator has switched all of them off, all are refused at no cost")
 
 
-async def _all_refused(trial: Trial) -> None:
+async def _all_refused(trial: Trial, flags: tuple[str, ...]) -> None:
     books = trial.require_books()
     async with trial.tenant() as tenant:
         capabilities = (await tenant.capabilities()).capabilities
-        on = [flag for flag in FLAGS if _asks(PROBES[flag]) and getattr(capabilities, flag)]
-        expect(on in ([], ["max_outputs"]), f"flags that were switched off are true: {on}")
+        asked = [flag for flag in flags if _asks(PROBES[flag])]
+        # A request always has one output.
+        on = [flag for flag in asked if getattr(capabilities, flag) > (flag == "max_outputs")]
+        expect(not on, f"flags that were switched off are true: {on}")
         before = await books.posted()
         await _refusals(tenant, capabilities)
         expect_equal(before - await books.posted(), 0, "nanos taken for what was refused")
@@ -65,7 +80,7 @@ def _asks(probe: Probe) -> bool:
 
 
 async def _both_directions(
-    tenant: Tenant, capabilities: capabilities_pb2.Capabilities
+    trial: Trial, tenant: Tenant, capabilities: capabilities_pb2.Capabilities
 ) -> tuple[int, int]:
     """Shows what is true; counts that, and what is false."""
     shown = refused = 0
@@ -80,6 +95,9 @@ async def _both_directions(
             raise Mismatch(f"{flag} is {number}, but its use was refused: {refusal}") from refusal
         except Mismatch as mismatch:
             raise Mismatch(f"{flag}: {mismatch}") from mismatch
+        except CannotShow as reason:
+            trial.lack(f"{flag}: {reason}")
+            continue
         shown += 1
     return shown, refused
 
@@ -90,39 +108,36 @@ async def _refusals(tenant: Tenant, capabilities: capabilities_pb2.Capabilities)
         if probe.make is None:
             continue
         number = int(getattr(capabilities, flag))
-        if flag in NUMBERS:
-            await _too_many(tenant, flag, probe, capabilities)
+        if flag in NUMBERS and (number or flag == "max_outputs"):
+            await _too_many(tenant, flag, probe, number)
         elif not number:
-            refusal = await refused(tenant, probe.make(tenant, 1), f"{flag} is false")
-            refusal.expect(Code.INVALID_ARGUMENT, Reason.FEATURE_UNSUPPORTED, f"{flag} is false")
-            _names(refusal, flag, capabilities)
+            await _unsupported(tenant, flag, probe, capabilities)
 
 
-def _names(refusal: Refusal, flag: str, capabilities: capabilities_pb2.Capabilities) -> None:
-    """Sees that a refusal names the field of the flag, or another that the request needs too."""
-    feature = refusal.metadata.get("feature", "")
-    expect(feature in PROBES, f"the refusal for {flag} names no feature")
-    if feature != flag:
-        is_denied = not getattr(capabilities, feature)
-        expect(is_denied, f"the refusal for {flag} names {feature}, which is true")
-    expect_equal(refusal.fields, (PROBES[feature].path,), f"field of the refusal for {flag}")
-
-
-async def _too_many(
+async def _unsupported(
     tenant: Tenant, flag: str, probe: Probe, capabilities: capabilities_pb2.Capabilities
 ) -> None:
+    """Asks for what a model cannot do; the first thing of it that it cannot do is named."""
     assert probe.make is not None
-    number = int(getattr(capabilities, flag))
+    named = next((name for name in probe.under if not getattr(capabilities, name)), flag)
+    asked = [(named, PROBES[named].path, probe.make(tenant, 1))]
+    asked += [(flag, path, make(tenant)) for path, make in probe.also.items()]
+    for feature, path, request in asked:
+        what = f"{flag} is false, {path}"
+        refusal = await refused(tenant, request, what)
+        refusal.expect(Code.INVALID_ARGUMENT, Reason.FEATURE_UNSUPPORTED, what)
+        expect_equal(refusal.fields, (path,), f"field of the refusal, {what}")
+        expect_equal(refusal.metadata.get("feature"), feature, f"feature of the refusal, {what}")
+
+
+async def _too_many(tenant: Tenant, flag: str, probe: Probe, number: int) -> None:
+    assert probe.make is not None
     if flag == "max_outputs":
         number = max(number, 1)
         if number >= OUTPUTS_MAX:
             return
     refusal = await refused(tenant, probe.make(tenant, number + 1), f"{flag} is {number}")
     what = f"one more than {flag} {number}"
-    if refusal.reason == Reason.FEATURE_UNSUPPORTED.value:
-        expect(not number, f"{what}: expected a bound, got {refusal}")
-        _names(refusal, flag, capabilities)
-        return
     expect(refusal.code is Code.INVALID_ARGUMENT, f"{what}: expected INVALID_ARGUMENT: {refusal}")
     expect(probe.path in refusal.fields, f"{what}: expected {probe.path}, got {refusal.fields}")
 
@@ -151,18 +166,33 @@ async def bounds_are_kept(trial: Trial) -> None:
     async with trial.tenant() as tenant:
         for breach in breaches(generation_pb2.GenerationSpec.DESCRIPTOR):
             spec = generation_pb2.GenerationSpec(model=tenant.model, text="x")
-            path = breach.into(spec)
-            refusal = await refused(tenant, spec, f"{path} {breach.how}")
-            what = f"{path} {breach.how}"
-            expect(
-                refusal.code is Code.INVALID_ARGUMENT,
-                f"{what}: expected INVALID_ARGUMENT, got {refusal}",
-            )
-            expect(f"spec.{path}" in refusal.fields, f"{what}: named {refusal.fields} instead")
+            await _broken(tenant, spec, f"spec.{breach.into(spec)}", breach.how)
             fields += 1
+        for seconds, nanos in _DURATIONS:
+            spec = generation_pb2.GenerationSpec(model=tenant.model, text="x")
+            spec.max_duration.seconds, spec.max_duration.nanos = seconds, nanos
+            await _broken(tenant, spec, "spec.max_duration", f"is {seconds} s and {nanos} ns")
+            fields += 1
+        for breach in breaches(embedding_service_pb2.EmbedRequest.DESCRIPTOR):
+            # The client puts the model in.
+            if breach.way[-1].name != "model":
+                request = embedding_service_pb2.EmbedRequest()
+                path = breach.into(request)
+                if not request.inputs and breach.way[0].name != "inputs":
+                    request.inputs.add(text="x")
+                await _broken(tenant, request, path, breach.how)
+                fields += 1
         await _unknown_model(tenant)
     expect_equal(before - await books.posted(), 0, "nanos taken for what was refused")
     trial.show(f"{fields} bounds of the contract broken one by one, all refused with their path")
+
+
+async def _broken(tenant: Tenant, request: Request, path: str, how: str) -> None:
+    what = f"{path} {how}"
+    refusal = await refused(tenant, request, what)
+    is_invalid = refusal.code is Code.INVALID_ARGUMENT
+    expect(is_invalid, f"{what}: expected INVALID_ARGUMENT, got {refusal}")
+    expect(path in refusal.fields, f"{what}: named {refusal.fields} instead")
 
 
 async def _unknown_model(tenant: Tenant) -> None:
@@ -208,10 +238,11 @@ class Breach:
             key = next(iter(self.value))
             is_named = len(self.value) == 1 and self.how != "has a key of a bad form"
             entry = f"[{key}]" if is_named else ".key[0]"
-            return field.name if self.how == "has too many" else f"{field.name}{entry}"
+            return field.name if self.how == _TOO_MANY else f"{field.name}{entry}"
         if isinstance(self.value, list):
             getattr(at, field.name).extend(self.value)
-            return field.name if self.how == "has too many" else f"{field.name}[0]"
+            is_whole = self.how in {_TOO_MANY, _IS_MISSING}
+            return field.name if is_whole else f"{field.name}[0]"
         setattr(at, field.name, self.value)
         return field.name
 
@@ -232,7 +263,9 @@ def _inside(descriptor: Descriptor, way: tuple[FieldDescriptor, ...]) -> Iterato
         elif field.message_type.full_name.startswith("maas."):
             if rules.HasField("max_items"):
                 empty = message_factory.GetMessageClass(field.message_type)()
-                yield Breach(here, [empty] * (rules.max_items + 1), "has too many")
+                yield Breach(here, [empty] * (rules.max_items + 1), _TOO_MANY)
+            if rules.required and field.is_repeated:
+                yield Breach(here, [], _IS_MISSING)
             yield from _inside(field.message_type, here)
 
 
@@ -246,8 +279,12 @@ def _of_value(
         FieldDescriptor.CPPTYPE_FLOAT,
         FieldDescriptor.CPPTYPE_DOUBLE,
     )
+    if rules.required:
+        yield Breach(way, [] if field.is_repeated else field.default_value, _IS_MISSING)
     if rules.HasField("lte"):
         yield one(int(rules.lte) + 1 if is_whole else rules.lte + 1, "is too large")
+    if rules.HasField("gte") and is_whole and field.has_presence:
+        yield one(int(rules.gte) - 1, "is too small")
     if rules.HasField("gte") and not is_whole:
         yield one(rules.gte - 1, "is too small")
         yield one(float("nan"), "is not a number")
@@ -260,7 +297,7 @@ def _of_value(
     # A million items of the token path would be a large request: that bound has its own test.
     if rules.HasField("max_items") and rules.max_items <= 1024:  # noqa: PLR2004 - see above
         item = "x" if field.cpp_type == FieldDescriptor.CPPTYPE_STRING else 1
-        yield Breach(way, [item] * (rules.max_items + 1), "has too many")
+        yield Breach(way, [item] * (rules.max_items + 1), _TOO_MANY)
 
 
 def _of_map(
@@ -273,7 +310,7 @@ def _of_map(
     if rules.HasField("max_items"):
         keys = range(rules.max_items + 1)
         many = {key if is_number else f"k{key}": good for key in keys}
-        yield Breach(way, many, "has too many")
+        yield Breach(way, many, _TOO_MANY)
     if rules.HasField("lte"):
         yield Breach(way, {1: _OVER}, "has a value that is too large")
         yield Breach(way, {1: -_OVER}, "has a value that is too small")

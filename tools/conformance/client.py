@@ -237,10 +237,10 @@ class Tenant:
         request = tokenization.CountTokensRequest(spec=spec)
         return (await self.call(self._tokens.CountTokens, request)).input_tokens
 
-    async def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text, without the one that every prompt begins with."""
+    async def tokenize(self, text: str, *, as_prompt: bool = False) -> list[int]:
+        """Token ids of a text, without the one that every prompt begins with, or with it."""
         request = tokenization.TokenizeRequest(
-            model=self.model, text=text, add_special_tokens=False
+            model=self.model, text=text, add_special_tokens=as_prompt
         )
         return list((await self.call(self._tokens.Tokenize, request)).token_ids)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
@@ -47,12 +47,13 @@ class Deployment:
         certificates: PEM of the certificates to trust; None for plaintext.
         stall_limit_s: after which a client that does not read is cut off.
         replay_window_s: for which frames are kept after the end.
+        refused_within_s: longest time of a refusal of what burns time.
         kill: kills a worker process at once; None when that is not allowed.
         drain: asks a worker process to stop, as SIGTERM does; None when that is not allowed.
         catalog: host:port, for LoRA adapters; None when it is not reached.
         adapter: a LoRA adapter of the model that exists, or can be created; None for none.
-        disabled: starts another deployment in which every capability is switched off; None where
-            that cannot be done.
+        disabled: starts another deployment in which an operator has switched capabilities off,
+            given their flags; None where that cannot be done.
     """
 
     endpoint: str
@@ -65,11 +66,12 @@ class Deployment:
     certificates: bytes | None = None
     stall_limit_s: float = 30.0
     replay_window_s: float = 60.0
+    refused_within_s: float = 0.05
     kill: WorkerAction | None = None
     drain: WorkerAction | None = None
     catalog: str | None = None
     adapter: AdapterFile | None = None
-    disabled: Callable[[], AbstractAsyncContextManager[Deployment]] | None = None
+    disabled: Callable[[Sequence[str]], AbstractAsyncContextManager[Deployment]] | None = None
 
 
 def shell_action(command: str) -> WorkerAction:

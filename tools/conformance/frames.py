@@ -51,15 +51,20 @@ class Outcome:
         if delta.HasField("scores"):
             # The number of alternatives is no column.
             self.scores.top_count = delta.scores.top_count
+            is_same = not delta.token_ids or delta.scores.token_ids == delta.token_ids
+            expect(is_same, f"output {delta.index} has scores of other tokens than its own")
         if delta.HasField("end"):
             self.end = delta.end
         return bool(delta.text or delta.reasoning or delta.HasField("tool_call"))
 
     def _add_call(self, part: tools_pb2.ToolCallDelta) -> None:
-        if part.call_index == len(self.calls):
+        is_first = part.call_index == len(self.calls)
+        if is_first:
             expect(bool(part.id and part.name), "the first part of a tool call has no id or name")
             self.calls.append(tools_pb2.ToolCall(id=part.id, name=part.name))
         expect(part.call_index == len(self.calls) - 1, "parts of tool calls are out of order")
+        is_plain = is_first or not part.id + part.name
+        expect(is_plain, "a later part of a tool call has an id or a name")
         self.calls[-1].arguments_json += part.arguments_json
 
 

@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
-from libs.capabilities import FLAGS
 from libs.postgres import cluster
 from tools.ask import read_variables
 from tools.conformance.deployment import AdapterFile, Deployment, WorkerAction
@@ -37,6 +36,8 @@ _SETTINGS = (
 )
 _SIM_SETTINGS = (
     "worker.sim.decode_base=3ms",
+    # Otherwise nothing ends by itself, and min_output_tokens and ignore_eos have no effect.
+    "worker.sim.mean_output_tokens=150",
     # Slow enough that a worker can be found and killed while it prefills.
     "worker.sim.prefill_tokens_per_s=3000",
 )
@@ -76,10 +77,10 @@ def own_suite(engine: str = "sim", settings: Sequence[str] = ()) -> Iterator[Dep
 
 
 @contextlib.asynccontextmanager
-async def _disabled(engine: str) -> AsyncIterator[Deployment]:
-    """Another suite, whose operator has switched every capability off."""
+async def _disabled(engine: str, flags: Sequence[str]) -> AsyncIterator[Deployment]:
+    """Another suite, whose operator has switched capabilities off."""
     with contextlib.ExitStack() as stack:
-        setting = f"worker.disabled={','.join(FLAGS)}"
+        setting = f"worker.disabled={','.join(flags)}"
         # Starting one takes seconds; other tasks of the kit may go on meanwhile.
         place = await asyncio.to_thread(stack.enter_context, own_suite(engine, [setting]))
         yield place
@@ -148,7 +149,7 @@ def _deployment(state: State, engine: str) -> Deployment:
         drain=_signals(state, signal.SIGTERM),
         catalog=variables["MAAS_CATALOG"],
         adapter=_adapter(state, engine),
-        disabled=lambda: _disabled(engine),
+        disabled=lambda flags: _disabled(engine, flags),
     )
 
 

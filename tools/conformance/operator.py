@@ -14,8 +14,10 @@ from maas.auth.v1.api_key_service_pb2_grpc import ApiKeyServiceStub
 from maas.auth.v1.tenancy_service_pb2_grpc import TenancyServiceStub
 from maas.billing.v1 import account_service_pb2 as accounts
 from maas.billing.v1 import ledger_pb2
+from maas.billing.v1 import price_service_pb2 as prices
 from maas.billing.v1 import usage_service_pb2 as usage
 from maas.billing.v1.account_service_pb2_grpc import AccountServiceStub
+from maas.billing.v1.price_service_pb2_grpc import PriceServiceStub
 from maas.billing.v1.usage_service_pb2_grpc import UsageServiceStub
 from maas.catalog.v1 import adapter_service_pb2, model_pb2
 from maas.catalog.v1.adapter_service_pb2_grpc import AdapterServiceStub
@@ -24,6 +26,7 @@ from maas.scheduler.v1 import worker_service_pb2 as workers
 from maas.scheduler.v1.worker_service_pb2_grpc import WorkerServiceStub
 
 from libs.errors import Code
+from libs.units import charge_usage
 from tools.conformance.client import Refusal, Tenant
 from tools.conformance.verdict import Mismatch
 
@@ -54,6 +57,7 @@ class Books:
         self._tenant = tenant
         self._accounts = AccountServiceStub(channel)
         self._usage = UsageServiceStub(channel)
+        self._prices = PriceServiceStub(channel)
 
     async def posted(self) -> int:
         """Nanos of the account, once nothing is on its way: held is zero, or patience ended."""
@@ -81,6 +85,22 @@ class Books:
         if len(found) != 1:
             raise Mismatch(f"expected one usage record, got {len(found)} after {SETTLED_S:g} s")
         return found[0]
+
+    async def is_priced(self, record: ledger_pb2.UsageRecord) -> bool:
+        """Whether the charge of a record is that of its usage, at the price that it names."""
+        request = prices.GetPriceRequest(name=record.price)
+        price = (await self._tenant.call(self._prices.GetPrice, request)).price
+        usage, cached = record.usage, price.cached_input_price_per_million
+        has_cached = price.HasField("cached_input_price_per_million")
+        wanted = charge_usage(
+            input_tokens=usage.input_tokens,
+            output_tokens=usage.output_tokens,
+            input_price=price.input_price_per_million.nanos,
+            output_price=price.output_price_per_million.nanos,
+            cached_input_tokens=usage.cached_input_tokens,
+            cached_input_price=cached.nanos if has_cached else None,
+        )
+        return record.charge.nanos == wanted
 
     async def _is_at_rest(self) -> bool:
         return (await self._balance()).held.nanos == 0

@@ -5,34 +5,41 @@ from __future__ import annotations
 import json
 import math
 import re
+from asyncio import gather
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
-import jsonschema
 from maas.common.v1 import capabilities_pb2
-from maas.inference.v1 import (
-    constraint_pb2,
-    embedding_service_pb2,
-    generation_pb2,
-    tools_pb2,
-)
+from maas.inference.v1 import constraint_pb2, embedding_service_pb2, generation_pb2, tools_pb2
 
 from tools.conformance.client import Tenant
-from tools.conformance.verdict import expect, expect_equal
+from tools.conformance.requests import (
+    CITY,
+    CONSTRAINED_TOKENS,
+    PROMPT,
+    SEED,
+    TOKENS,
+    Request,
+    Spec,
+    begin_alike,
+    constrained,
+    greedy,
+    matches,
+    tool,
+    user,
+)
+from tools.conformance.verdict import CannotShow, expect, expect_equal
 
-SEED = 20_260_404
-PROMPT = "Once upon a time there was a small robot"
-TOKENS = 48
 OUTPUTS_MAX = 16
 """Most outputs of a request, whatever the flag says: the contract has no more."""
-_CONSTRAINED_TOKENS = 400
+_LONG = 300
+_SEEDS = 12
+"""Outputs of _LONG tokens, of which one has to end before by itself."""
 _UNIT = 1e-3
 _FORCED = 100.0
 
-Spec = generation_pb2.GenerationSpec
-Request = Spec | embedding_service_pb2.EmbedRequest
 Whole = generation_pb2.Generation
 
 
@@ -42,44 +49,19 @@ class Probe:
 
     Attributes:
         path: of the field that a refusal names.
-        under: other flags that the request of `make` depends on, in the order of the contract's
-            fields: the first of them that is false is the one that is refused.
         show: uses the flag and looks at what comes; takes the number of a flag that is one.
         make: the request whose field depends on the flag, with the number; None where no field
             does: such a flag is information.
+        under: other flags that this request depends on, in the order of the contract's fields: the
+            first of them that is false is the one that is refused.
+        also: requests whose refusal names another field that depends on the flag, by its path.
     """
 
     path: str
     show: Callable[[Tenant, int], Awaitable[None]]
     make: Callable[[Tenant, int], Request] | None
     under: tuple[str, ...] = ()
-
-
-def matches(text: str, schema: object) -> bool:
-    """Whether a text is JSON that matches a schema. Says nothing of the text: it is output."""
-    try:
-        jsonschema.validate(json.loads(text), schema)
-    except (jsonschema.ValidationError, json.JSONDecodeError, RecursionError):
-        return False
-    return True
-
-
-def greedy(tenant: Tenant, tokens: int = TOKENS) -> Spec:
-    """A request for the likeliest tokens, that runs to its length where it may."""
-    return Spec(
-        model=tenant.model,
-        text=PROMPT,
-        sampling=generation_pb2.SamplingOptions(temperature=0, seed=SEED),
-        stop=generation_pb2.StopOptions(max_output_tokens=tokens),
-        output=generation_pb2.OutputOptions(return_token_ids=True),
-    )
-
-
-def constrained(tenant: Tenant, constraint: constraint_pb2.OutputConstraint) -> Spec:
-    """A request whose output is constrained and has room to end."""
-    spec = greedy(tenant, _CONSTRAINED_TOKENS)
-    spec.constraint.CopyFrom(constraint)
-    return spec
+    also: Mapping[str, Callable[[Tenant], Request]] = field(default_factory=dict)
 
 
 def _whole(generation: Whole, what: str) -> str:
@@ -87,32 +69,6 @@ def _whole(generation: Whole, what: str) -> str:
     output = generation.outputs[0]
     expect_equal(output.end.reason, generation_pb2.FINISH_REASON_END, f"finish reason of {what}")
     return output.text
-
-
-def tool(name: str, schema: object, *, strict: bool) -> tools_pb2.Tool:
-    """A function."""
-    return tools_pb2.Tool(
-        name=name,
-        description=f"Gets the {name.rpartition('_')[2]} of a city.",
-        parameters_json_schema=json.dumps(schema),
-        strict=strict,
-    )
-
-
-CITY = {
-    "type": "object",
-    "properties": {"city": {"enum": ["Paris", "Rome", "Oslo"]}, "days": {"enum": [1, 2, 3]}},
-    "required": ["city", "days"],
-    "additionalProperties": False,
-}
-"""Arguments of the tools that are asked for here."""
-
-
-def user(text: str) -> generation_pb2.ChatMessage:
-    """A message of a person."""
-    return generation_pb2.ChatMessage(
-        role=generation_pb2.ROLE_USER, parts=[generation_pb2.ContentPart(text=text)]
-    )
 
 
 def _chat(tenant: Tenant, _: int = 0) -> Spec:
@@ -145,7 +101,7 @@ async def _show_tools(tenant: Tenant, _: int) -> None:
 
 def _strict(tenant: Tenant, _: int = 0) -> Spec:
     spec = _chat(tenant)
-    spec.stop.max_output_tokens = _CONSTRAINED_TOKENS
+    spec.stop.max_output_tokens = CONSTRAINED_TOKENS
     spec.tools.tools.append(tool("get_weather", CITY, strict=True))
     spec.tools.mode = tools_pb2.TOOL_MODE_REQUIRED
     spec.tools.parallel_calls = False
@@ -163,7 +119,7 @@ async def _show_strict(tenant: Tenant, _: int) -> None:
 
 def _reasoning(tenant: Tenant, _: int = 0) -> Spec:
     spec = _chat(tenant)
-    spec.stop.max_output_tokens = _CONSTRAINED_TOKENS
+    spec.stop.max_output_tokens = CONSTRAINED_TOKENS
     spec.reasoning.enabled = True
     return spec
 
@@ -172,11 +128,18 @@ async def _show_reasoning(tenant: Tenant, _: int) -> None:
     spec = _reasoning(tenant)
     shown = await tenant.generate(spec)
     counted = shown.usage.reasoning_tokens
-    expect_equal(bool(shown.outputs[0].reasoning), counted > 0, "reasoning shown and counted")
+    length = len(shown.outputs[0].reasoning)
+    expect(length > 0 and counted > 0, f"reasoning of {length} characters, {counted} tokens")
     spec.output.return_reasoning = False
     hidden = await tenant.generate(spec)
-    expect_equal(hidden.outputs[0].reasoning, "", "reasoning that nobody asked for")
+    expect(not hidden.outputs[0].reasoning, "reasoning was shown that nobody asked for")
     expect_equal(hidden.usage.reasoning_tokens, counted, "hidden reasoning is counted")
+
+
+def _hidden_reasoning(tenant: Tenant) -> Spec:
+    spec = greedy(tenant)
+    spec.output.return_reasoning = False
+    return spec
 
 
 def _json_object(tenant: Tenant, _: int = 0) -> Spec:
@@ -249,10 +212,7 @@ def _min_p(tenant: Tenant, _: int = 0) -> Spec:
 
 async def _show_min_p(tenant: Tenant, _: int) -> None:
     only_best, best = await tenant.generate(_min_p(tenant)), await tenant.generate(greedy(tenant))
-    expect(
-        list(only_best.outputs[0].token_ids) == list(best.outputs[0].token_ids),
-        "min_p 1 leaves more than the likeliest token",
-    )
+    expect(begin_alike(only_best, best), "min_p 1 leaves more than the likeliest token")
 
 
 def _penalties(tenant: Tenant, _: int = 0) -> Spec:
@@ -273,6 +233,19 @@ async def _show_penalties(tenant: Tenant, _: int) -> None:
     few = _most_repeated(await tenant.generate(_penalties(tenant)))
     many = _most_repeated(await tenant.generate(rewarded))
     expect(few < many, f"penalised, a token came {few} times; rewarded, {many} times")
+    for name in ("frequency_penalty", "presence_penalty"):
+        outputs = []
+        for penalty in (2, -2):
+            spec = greedy(tenant)
+            setattr(spec.sampling, name, penalty)
+            outputs.append(list((await tenant.generate(spec)).outputs[0].token_ids))
+        expect(outputs[0] != outputs[1], f"{name} by itself changes nothing")
+
+
+def _presence(tenant: Tenant) -> Spec:
+    spec = greedy(tenant)
+    spec.sampling.presence_penalty = 1
+    return spec
 
 
 def _repetition(tenant: Tenant, _: int = 0) -> Spec:
@@ -309,25 +282,46 @@ async def _show_bias(tenant: Tenant, _: int) -> None:
 
 
 def _min_tokens(tenant: Tenant, _: int = 0) -> Spec:
-    spec = greedy(tenant, 300)
-    spec.stop.min_output_tokens = 300
+    spec = greedy(tenant)
+    spec.stop.min_output_tokens = TOKENS
     return spec
 
 
+async def _ending(tenant: Tenant) -> tuple[Spec, int]:
+    """A request whose output ends by itself, and after how many tokens.
+
+    Raises:
+        CannotShow: the model has more to say, whatever the seed.
+    """
+    specs = [greedy(tenant, _LONG) for _ in range(_SEEDS)]
+    for number, spec in enumerate(specs):
+        spec.sampling.temperature = 1
+        spec.sampling.seed = SEED + number
+    for spec, generation in zip(specs, await gather(*map(tenant.generate, specs)), strict=True):
+        if generation.outputs[0].end.reason == generation_pb2.FINISH_REASON_END:
+            return spec, generation.usage.output_tokens
+    raise CannotShow(f"no output of {_SEEDS} ended by itself within {_LONG} tokens")
+
+
 async def _show_min_tokens(tenant: Tenant, _: int) -> None:
-    usage = (await tenant.generate(_min_tokens(tenant))).usage
-    expect_equal(usage.output_tokens, 300, "output tokens with as many at least")
+    spec, ended = await _ending(tenant)
+    spec.stop.min_output_tokens = min(ended + 20, _LONG)
+    usage = (await tenant.generate(spec)).usage
+    least = spec.stop.min_output_tokens
+    expect(usage.output_tokens >= least, f"{usage.output_tokens} tokens, not {least} at least")
 
 
 def _ignore_eos(tenant: Tenant, _: int = 0) -> Spec:
-    spec = greedy(tenant, 300)
+    spec = greedy(tenant)
     spec.stop.ignore_eos = True
     return spec
 
 
 async def _show_ignore_eos(tenant: Tenant, _: int) -> None:
-    usage = (await tenant.generate(_ignore_eos(tenant))).usage
-    expect_equal(usage.output_tokens, 300, "output tokens past the end of sequence")
+    spec, _ended = await _ending(tenant)
+    spec.stop.ignore_eos = True
+    usage = (await tenant.generate(spec)).usage
+    expect_equal(usage.output_tokens, _LONG, "output tokens past the end of sequence")
 
 
 def _count(tenant: Tenant, number: int) -> Spec:
@@ -385,11 +379,19 @@ def _prompt_logprobs(tenant: Tenant, _: int = 0) -> Spec:
 
 
 async def _show_prompt_logprobs(tenant: Tenant, _: int) -> None:
-    generation = await tenant.generate(_prompt_logprobs(tenant))
-    found = list(generation.prompt_scores.scores.logprobs)
+    spec = _prompt_logprobs(tenant)
+    generation, streamed = await gather(tenant.generate(spec), tenant.read(spec))
+    scores = generation.prompt_scores.scores
+    found = list(scores.logprobs)
     expect_equal(len(found), generation.usage.input_tokens, "log-probabilities of the prompt")
     expect(math.isnan(found[0]), "the first token of the prompt has a log-probability")
     expect(all(item <= _UNIT for item in found[1:]), "one of the prompt is above 0")
+    ids = list(scores.token_ids)
+    is_prompt = ids == await tenant.tokenize(PROMPT, as_prompt=True)
+    expect(is_prompt, "scores of the prompt are of other tokens")
+    is_same = list(streamed.prompt_scores.token_ids) == ids
+    expect(is_same, "scores of the prompt, stream against unary")
+    expect_equal(len(streamed.prompt_scores.logprobs), len(found), "the same, streamed")
 
 
 def _adapter(tenant: Tenant, _: int = 0) -> Spec:
@@ -406,6 +408,12 @@ async def _show_adapter(tenant: Tenant, _: int) -> None:
 def _embed(_: Tenant, number: int) -> embedding_service_pb2.EmbedRequest:
     return embedding_service_pb2.EmbedRequest(
         inputs=[embedding_service_pb2.EmbedInput(text=PROMPT)], dimensions=number
+    )
+
+
+def _embed_as_made(_: Tenant) -> embedding_service_pb2.EmbedRequest:
+    return embedding_service_pb2.EmbedRequest(
+        inputs=[embedding_service_pb2.EmbedInput(text=PROMPT)]
     )
 
 
@@ -441,14 +449,25 @@ PROBES: Mapping[str, Probe] = MappingProxyType(
         "strict_tools": Probe(
             "spec.tools.tools[0].strict", _show_strict, _strict, ("chat", "tool_calls")
         ),
-        "reasoning": Probe("spec.reasoning", _show_reasoning, _reasoning, ("chat",)),
+        "reasoning": Probe(
+            "spec.reasoning",
+            _show_reasoning,
+            _reasoning,
+            ("chat",),
+            {"spec.output.return_reasoning": _hidden_reasoning},
+        ),
         "json_object": Probe("spec.constraint.json_object", _show_json_object, _json_object),
         "json_schema": Probe("spec.constraint.json_schema", _show_json_schema, _json_schema),
         "regex": Probe("spec.constraint.regex", _show_regex, _regex),
         "grammar": Probe("spec.constraint.grammar", _show_grammar, _grammar),
         "choices": Probe("spec.constraint.choices", _show_choices, _choices),
         "min_p": Probe("spec.sampling.min_p", _show_min_p, _min_p),
-        "penalties": Probe("spec.sampling.frequency_penalty", _show_penalties, _penalties),
+        "penalties": Probe(
+            "spec.sampling.frequency_penalty",
+            _show_penalties,
+            _penalties,
+            also={"spec.sampling.presence_penalty": _presence},
+        ),
         "repetition_penalty": Probe(
             "spec.sampling.repetition_penalty", _show_repetition, _repetition
         ),
@@ -464,7 +483,9 @@ PROBES: Mapping[str, Probe] = MappingProxyType(
             "spec.output.return_prompt_logprobs", _show_prompt_logprobs, _prompt_logprobs
         ),
         "adapters": Probe("spec.adapter", _show_adapter, _adapter),
-        "embedding_dimensions": Probe("dimensions", _show_embed, _embed),
+        "embedding_dimensions": Probe(
+            "dimensions", _show_embed, _embed, also={"model": _embed_as_made}
+        ),
         "prompt_cache": Probe("", _show_cache, None),
         "deterministic": Probe("", _show_deterministic, None),
     }

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import math
 
-from maas.inference.v1 import generation_pb2
+from maas.inference.v1 import generation_pb2, scores_pb2
 
 from tools.conformance.client import Tenant
 from tools.conformance.delivery import stop_inside
-from tools.conformance.probes import greedy
+from tools.conformance.requests import begin_alike, greedy
 from tools.conformance.trial import Trial
 from tools.conformance.verdict import expect, expect_equal, expect_same_text
 
@@ -17,7 +17,11 @@ _OUTPUTS = 4
 _TOP = 5
 _PADDING = 0xFFFFFFFF
 _CLOSE = 1e-4
+_BATCH_CLOSE = 1e-2
+"""Two runs of an engine that batches add the same numbers in another order."""
 _STOP_LENGTH = 9
+_LONG = 800
+_TIME_MS = 150
 
 
 async def outputs_share_the_prompt(trial: Trial) -> None:
@@ -34,12 +38,19 @@ async def outputs_share_the_prompt(trial: Trial) -> None:
         else:
             trial.lack("log-probabilities: the model gives none")
         await _stop_stays(tenant)
-        trial.show("include_stop keeps the stop sequence and counts it")
+        await _stop_token(tenant)
+        trial.show("include_stop keeps the stop sequence and counts it, a stop token ends")
+        await _filters(tenant)
+        trial.show("top_k 1 and the smallest top_p leave the likeliest token")
+        await _time_limit(trial, tenant)
 
 
 async def _several(trial: Trial, tenant: Tenant) -> None:
     spec = greedy(tenant, 40)
     spec.sampling.temperature = 1
+    spec.labels["conformance"], spec.end_user = "W-13", "somebody"
+    # What the one finds in the cache, the other may not: then their charges differ.
+    spec.cache.bypass = True
     one = await tenant.generate(spec)
     spec.output.count = _OUTPUTS
     whole, streamed = await asyncio.gather(tenant.generate(spec), tenant.read(spec))
@@ -65,6 +76,10 @@ async def _several(trial: Trial, tenant: Tenant) -> None:
     record = await trial.books.record(whole.generation_id)
     expect_equal(record.usage, usage, "usage of the record")
     expect_equal(record.charge, whole.charge, "charge of the record")
+    expect_equal(dict(record.labels), dict(spec.labels), "labels of the record")
+    expect_equal(record.end_user, spec.end_user, "end user of the record")
+    expect(await trial.books.is_priced(record), "the charge is not the price of prompt and outputs")
+    trial.show("charged as counted, labels in the record")
 
 
 async def _scores(tenant: Tenant, top: int) -> str:
@@ -77,21 +92,61 @@ async def _scores(tenant: Tenant, top: int) -> str:
     )
     output = whole.outputs[0]
     expect_same_text(output.text, plain.outputs[0].text, "output with scores against one without")
-    scores = output.scores
-    expect_equal(list(scores.token_ids), list(output.token_ids), "tokens of the scores")
-    expect_equal(streamed.first.scores, scores, "scores, stream against unary")
-    for row, chosen in enumerate(scores.logprobs):
-        ids = list(scores.top_token_ids[row * top : (row + 1) * top])
-        logs = list(scores.top_logprobs[row * top : (row + 1) * top])
-        if not ids:
-            continue
-        expect_equal(ids[0], scores.token_ids[row], f"likeliest token at position {row}")
+    _check_scores(output, top)
+    _check_same(streamed.first.scores, output.scores)
+    text = b"".join(output.scores.token_bytes).decode("utf-8", "replace")
+    expect_same_text(text, output.text, "bytes of the tokens against the text")
+    if top:
+        await _before_temperature(tenant, spec, output.scores, top)
+    return f"{len(output.token_ids)} log-probabilities with {top} alternatives, bytes make the text"
+
+
+def _check_scores(output: generation_pb2.Output, top: int) -> None:
+    """Each chosen token is the likeliest, with one log-probability; the rest in order."""
+    scores, rows = output.scores, len(output.token_ids)
+    expect(list(scores.token_ids) == list(output.token_ids), "scores are of other tokens")
+    counts = (len(scores.logprobs), len(scores.token_bytes), len(scores.top_token_ids))
+    expect_equal(counts, (rows, rows, rows * top), "log-probabilities, bytes and alternatives")
+    expect_equal(scores.top_count, top, "alternatives of a token")
+    expect_equal(len(scores.top_logprobs), rows * top, "log-probabilities of alternatives")
+    for row, chosen in enumerate(scores.logprobs if top else ()):
+        place = slice(row * top, (row + 1) * top)
+        ids, logs = list(scores.top_token_ids[place]), list(scores.top_logprobs[place])
+        expect(ids[0] == scores.token_ids[row], f"token {row} is not the likeliest")
         expect(abs(logs[0] - chosen) < _CLOSE, f"two log-probabilities of token {row}")
+        expect(logs == sorted(logs, reverse=True), f"alternatives of token {row} are not in order")
         padded = [log for place, log in zip(ids, logs, strict=True) if place == _PADDING]
         expect(all(log == -math.inf for log in padded), f"padding of token {row}")
-    text = b"".join(scores.token_bytes).decode("utf-8", "replace")
-    expect_same_text(text, output.text, "bytes of the tokens against the text")
-    return f"{len(scores.logprobs)} log-probabilities with {top} alternatives, bytes make the text"
+
+
+def _check_same(streamed: scores_pb2.TokenScores, whole: scores_pb2.TokenScores) -> None:
+    """The same columns; numbers may differ as much as those of two batches of an engine."""
+    for column in ("token_ids", "top_count", "token_bytes"):
+        is_same = getattr(streamed, column) == getattr(whole, column)
+        expect(is_same, f"{column} of the scores differ, stream against unary")
+    for column in ("logprobs", "top_logprobs"):
+        one, other = getattr(streamed, column), getattr(whole, column)
+        expect_equal(len(one), len(other), f"{column}, stream against unary")
+        is_same = all(
+            left == right or abs(left - right) < _BATCH_CLOSE
+            for left, right in zip(one, other, strict=True)
+        )
+        expect(is_same, f"{column} of the scores differ, stream against unary")
+
+
+async def _before_temperature(
+    tenant: Tenant, spec: generation_pb2.GenerationSpec, cool: scores_pb2.TokenScores, top: int
+) -> None:
+    """Scores are those of the model itself: a temperature changes none of the first token."""
+    hot = generation_pb2.GenerationSpec()
+    hot.CopyFrom(spec)
+    hot.sampling.temperature = 2
+    scores = (await tenant.generate(hot)).outputs[0].scores
+    far = max(
+        abs(left - right)
+        for left, right in zip(scores.top_logprobs[:top], cool.top_logprobs[:top], strict=True)
+    )
+    expect(far < _BATCH_CLOSE, f"a temperature moves log-probabilities by {far:.3f}")
 
 
 async def _stop_stays(tenant: Tenant) -> None:
@@ -109,8 +164,47 @@ async def _stop_stays(tenant: Tenant) -> None:
     expect_same_text(output.text, text[: at + len(stop)], "output with the stop sequence")
     expect_same_text(streamed.text, output.text, "stream against unary")
     expect_equal(output.end.reason, generation_pb2.FINISH_REASON_STOP_SEQUENCE, "finish reason")
-    expect_equal(output.end.stop_sequence, stop, "stop sequence that the end names")
+    expect(output.end.stop_sequence == stop, "the end names another stop sequence")
     expect(
         len(output.token_ids) > len(without.token_ids),
         "the stop sequence stayed and was not counted",
     )
+
+
+async def _stop_token(tenant: Tenant) -> None:
+    spec = greedy(tenant, 120)
+    spec.sampling.temperature = 1
+    ids = list((await tenant.generate(spec)).outputs[0].token_ids)
+    # One that comes for the first time, somewhere in the middle.
+    at = next(place for place in range(len(ids) // 2, -1, -1) if ids.index(ids[place]) == place)
+    spec.stop.stop_token_ids.append(ids[at])
+    output = (await tenant.generate(spec)).outputs[0]
+    expect(list(output.token_ids) == ids[:at], "a stop token id does not end the output before it")
+    reason = generation_pb2.FINISH_REASON_STOP_SEQUENCE
+    expect_equal(output.end.reason, reason, "finish reason with a stop token")
+    expect(output.end.stop_token_id == ids[at], "the end names another stop token")
+
+
+async def _filters(tenant: Tenant) -> None:
+    best = await tenant.generate(greedy(tenant, 40))
+    for name, value in (("top_k", 1), ("top_p", 1e-6)):
+        spec = greedy(tenant, 40)
+        spec.sampling.temperature = 2
+        setattr(spec.sampling, name, value)
+        is_best = begin_alike(await tenant.generate(spec), best)
+        expect(is_best, f"{name} {value} leaves more than the likeliest token")
+
+
+async def _time_limit(trial: Trial, tenant: Tenant) -> None:
+    """A call that has had its time ends well, and pays for what it has got."""
+    spec = greedy(tenant, _LONG)
+    spec.stop.ignore_eos = (await tenant.capabilities()).capabilities.ignore_eos
+    spec.max_duration.FromMilliseconds(_TIME_MS)
+    generation = await tenant.generate(spec)
+    end, count = generation.outputs[0].end.reason, generation.usage.output_tokens
+    if end in {generation_pb2.FINISH_REASON_MAX_TOKENS, generation_pb2.FINISH_REASON_END}:
+        trial.lack(f"max_duration: an output of {count} tokens took less than {_TIME_MS} ms")
+        return
+    expect_equal(end, generation_pb2.FINISH_REASON_TIME_LIMIT, "finish reason at max_duration")
+    expect(0 < count < _LONG, f"{count} tokens within max_duration")
+    trial.show(f"{count} tokens within a max_duration of {_TIME_MS} ms")

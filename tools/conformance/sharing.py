@@ -7,23 +7,21 @@ import itertools
 import json
 import secrets
 import statistics
-from collections.abc import Sequence
 
 from maas.inference.v1 import constraint_pb2, generation_pb2
 
 from libs.errors import Code
 from tools.conformance.ability import refused
-from tools.conformance.client import Tenant
-from tools.conformance.probes import PROMPT, greedy, user
+from tools.conformance.client import Reading, Tenant
+from tools.conformance.requests import PROMPT, greedy, user
 from tools.conformance.trial import Trial
 from tools.conformance.verdict import expect, expect_equal
 
 _PARTS = 16
-REFUSED_WITHIN_S = 0.05
 _ATTEMPTS = 5
 _GAP_FACTOR_MAX = 3.0
-_GAP_S = 0.05
-"""Gaps below it are as good as none, on a machine that others use too."""
+_LONGEST_GAP_S = 0.5
+"""Seen by no percentile: that one bomb stops everything once."""
 _PACED_TOKENS = 400
 _MIB = 1024 * 1024
 _CONTRACT_MESSAGES = 100_000
@@ -45,12 +43,14 @@ async def cache_is_the_tenants(trial: Trial) -> None:
         expect(cached > 0, "the same tenant found nothing in the cache")
         expect(cached < hit.usage.input_tokens, "all of a prompt came from the cache")
         expect(hit.charge.nanos <= missed.charge.nanos, "a hit costs more than a miss")
+        await _scored(tenant, spec)
         await _not_read(tenant, spec)
         trial.show(f"{cached} of {hit.usage.input_tokens} prompt tokens cached for the same tenant")
         if trial.books is not None:
             record = await trial.books.record(hit.generation_id)
             expect_equal(record.usage, hit.usage, "usage of the record")
             expect_equal(record.charge, hit.charge, "charge of the record")
+            expect(await trial.books.is_priced(record), "a hit is not charged at its price")
             trial.show(f"{missed.charge.nanos} nanos without, {hit.charge.nanos} with")
         await _of_another(trial, tenant)
 
@@ -62,6 +62,16 @@ def _prompt(tenant: Tenant) -> Spec:
     # Each worker has a cache of its own.
     spec.cache.affinity_key = "conformance"
     return spec
+
+
+async def _scored(tenant: Tenant, spec: Spec) -> None:
+    """What is cached has no scores, so the cache is not read for them."""
+    if (await tenant.capabilities()).capabilities.prompt_logprobs:
+        scored = Spec()
+        scored.CopyFrom(spec)
+        scored.output.return_prompt_logprobs = True
+        usage = (await tenant.generate(scored)).usage
+        expect_equal(usage.cached_input_tokens, 0, "cached tokens of a prompt with scores")
 
 
 async def _not_read(tenant: Tenant, spec: Spec) -> None:
@@ -95,16 +105,29 @@ async def bombs_are_refused(trial: Trial) -> None:
     async with trial.tenant() as tenant, trial.tenant() as bomber:
         can = (await tenant.capabilities()).capabilities
         bombs = _bombs(bomber, has_schema=can.json_schema, has_chat=can.chat)
-        alone = await _gaps(tenant)
-        paced = asyncio.create_task(_gaps(tenant))
-        times = {what: await _refusal_s(bomber, what, spec) for what, spec in bombs.items()}
-        beside = await paced
+        paced = tenant.spec(PROMPT, _PACED_TOKENS, seed=1)
+        paced.stop.ignore_eos = can.ignore_eos
+        async with tenant.stream(paced) as reading:
+            await reading.to_end()
+        alone, _ = _gaps(reading)
+        async with tenant.stream(paced) as reading:
+            await reading.until(1)
+            rest = asyncio.create_task(reading.to_end())
+            try:
+                times = {what: await _refusal_s(bomber, what, spec) for what, spec in bombs.items()}
+                await rest
+            finally:
+                rest.cancel()
+        beside, longest = _gaps(reading)
     worst = max(times, key=lambda what: times[what])
     text = f"{len(times)} bombs, slowest {worst}: {times[worst] * 1e3:.0f} ms"
-    expect(times[worst] <= REFUSED_WITHIN_S, f"expected refusals in 50 ms, got {text}")
-    limit_s = max(_GAP_S, _GAP_FACTOR_MAX * alone)
+    # Gaps of a refusal's time are as good as none, on a machine that others use too.
+    limit_s = trial.deployment.refused_within_s
+    expect(times[worst] <= limit_s, f"expected refusals in {limit_s * 1e3:.0f} ms, got {text}")
+    limit_s = max(limit_s, _GAP_FACTOR_MAX * alone)
     figures = f"p99 of gaps {beside * 1e3:.0f} ms beside bombs, {alone * 1e3:.0f} ms alone"
-    expect(beside <= limit_s, f"another stream was held up: {figures}")
+    is_paced = beside <= limit_s and longest <= _LONGEST_GAP_S
+    expect(is_paced, f"another stream was held up: {figures}, longest {longest * 1e3:.0f} ms")
     trial.show(f"{text}; another stream's {figures}")
 
 
@@ -154,15 +177,9 @@ async def _refusal_s(tenant: Tenant, what: str, spec: Spec) -> float:
     return statistics.median(times)
 
 
-async def _gaps(tenant: Tenant) -> float:
-    """99th percentile of the times between the frames of a stream, seconds."""
-    spec = tenant.spec(PROMPT, _PACED_TOKENS, seed=1)
-    async with tenant.stream(spec) as reading:
-        await reading.to_end()
-    return _percentile([arrival.at_s for arrival in reading.arrivals[1:]])
-
-
-def _percentile(moments: Sequence[float]) -> float:
+def _gaps(reading: Reading) -> tuple[float, float]:
+    """99th percentile and longest of the times between the deltas of a stream, seconds."""
+    moments = [arrival.at_s for arrival in reading.arrivals[1:]]
     gaps = sorted(later - earlier for earlier, later in itertools.pairwise(moments))
     expect(bool(gaps), "a stream came in one frame")
-    return gaps[int(len(gaps) * 0.99)]
+    return gaps[int(len(gaps) * 0.99)], gaps[-1]

@@ -12,7 +12,7 @@ from maas.inference.v1 import embedding_service_pb2, generation_pb2
 from libs.errors import Code, Reason
 from tools.conformance.ability import refused
 from tools.conformance.client import Refusal, Tenant
-from tools.conformance.probes import greedy
+from tools.conformance.requests import greedy
 from tools.conformance.trial import Trial
 from tools.conformance.verdict import expect, expect_equal, expect_same_text
 
@@ -27,6 +27,7 @@ _ANSWER_BYTES_MAX = 3 * 1024 * 1024
 
 EmbedRequest = embedding_service_pb2.EmbedRequest
 EmbedInput = embedding_service_pb2.EmbedInput
+TokenIds = generation_pb2.TokenIds
 
 
 def _request(dimensions: int = 0, encoding: int = 0) -> EmbedRequest:
@@ -63,11 +64,12 @@ async def vectors_are_exact(trial: Trial) -> None:
         record = await books.record(plain.generation_id)
         expect_equal(record.usage, plain.usage, "usage of the record")
         expect_equal(record.charge, plain.charge, "charge of the record")
-        await _too_large(tenant, most)
+        expect(await books.is_priced(record), "the charge is not the price of the input tokens")
+        await _too_large(trial, tenant, most)
         expect_equal(before - await books.posted(), spent, "nanos taken from the balance")
     trial.show(
         f"vectors of {most} numbers and length 1, the same in three encodings, alone and from"
-        f" token ids; {sum(counts)} input tokens charged once; too large an answer refused"
+        f" token ids; {sum(counts)} input tokens charged once; too many dimensions refused"
     )
 
 
@@ -118,15 +120,22 @@ async def _alone(tenant: Tenant, vectors: list[list[float]]) -> int:
         answer = await tenant.embed(request)
         nanos += answer.charge.nanos
         expect(_far(list(answer.embeddings[0].values), vector) < _CLOSE, "company changes a vector")
-    return nanos
+    ids = await tenant.tokenize(_TEXTS[0], as_prompt=True)
+    answer = await tenant.embed(EmbedRequest(inputs=[EmbedInput(tokens=TokenIds(ids=ids))]))
+    far = _far(list(answer.embeddings[0].values), vectors[0])
+    expect(far < _CLOSE, "the token ids of a text give another vector than the text")
+    return nanos + answer.charge.nanos
 
 
-async def _too_large(tenant: Tenant, dimensions: int) -> None:
+async def _too_large(trial: Trial, tenant: Tenant, dimensions: int) -> None:
     count = _ANSWER_BYTES_MAX // (4 * dimensions) + 1
     if count <= 2048:  # noqa: PLR2004 - of the contract
         request = EmbedRequest(inputs=[EmbedInput(text="x")] * count)
         refusal = await refused(tenant, request, "an answer above 3 MiB")
         expect(refusal.code is Code.INVALID_ARGUMENT, f"an answer above 3 MiB: {refusal}")
+        trial.show("an answer above 3 MiB refused")
+    else:
+        trial.show(f"no answer of {dimensions} dimensions can be above 3 MiB")
     refusal = await refused(tenant, _request(dimensions=dimensions + 1), "too many dimensions")
     expect_equal(refusal.fields, ("dimensions",), "field of the refusal")
 
@@ -180,12 +189,15 @@ async def _applied(trial: Trial, tenant: Tenant, name: str) -> None:
     adapted = generation_pb2.GenerationSpec()
     adapted.CopyFrom(spec)
     adapted.adapter = name
-    results = await asyncio.gather(*(tenant.generate(adapted) for _ in range(3)))
+    *results, beside = await asyncio.gather(
+        *(tenant.generate(adapted) for _ in range(3)), tenant.generate(spec)
+    )
     texts = {result.outputs[0].text for result in results}
     expect_equal(len(texts), 1, "outputs of one adapter and one seed")
     after = await tenant.generate(spec)
     expect(before.outputs[0].text not in texts, "the adapter changes nothing")
-    expect_same_text(
-        after.outputs[0].text, before.outputs[0].text, "the base model beside an adapter"
-    )
+    for base, what in ((beside, "beside"), (after, "after")):
+        expect_same_text(
+            base.outputs[0].text, before.outputs[0].text, f"the base model {what} an adapter"
+        )
     trial.show("applied by name, the base model unchanged beside it")

@@ -97,6 +97,8 @@ class OutputParser:
         self._is_start = True
         # The mark that closes a call which turned out to be none is text as well.
         self._close_is_text = False
+        # Behind a call whose closing mark has not come yet.
+        self._awaits_close = False
         self._marks: re.Pattern[str] | None = None
         self._mark_texts: tuple[str, ...] = ()
         if starts_in_reasoning and self._has_reasoning:
@@ -127,6 +129,10 @@ class OutputParser:
             return len(self._lead) + len(self._scanner.raw)
         return len(self._lead) + len(self._tail)
 
+    def seeks(self, mark: str) -> bool:
+        """Tells whether a mark means something where the text has come to."""
+        return mark in self._mark_texts
+
     def push(self, text: str) -> list[Piece]:
         """Takes more text and returns what is certain now, in order."""
         pieces: list[Piece] = []
@@ -150,8 +156,9 @@ class OutputParser:
             self._give_up(pieces)
         elif self._state is _State.LIST:
             self._show(self._lead, pieces)
-        else:
-            # White space behind a call is dropped, as everywhere around one.
+        elif not (self._awaits_close and HERMES_CLOSE.startswith(self._tail.lstrip(_SPACE))):
+            # White space behind a call is dropped, as everywhere around one, and so is the
+            # beginning of the mark that closes it.
             self._show(self._tail, pieces)
         self._tail = self._lead = ""
         return pieces
@@ -177,6 +184,7 @@ class OutputParser:
             pieces.append(ReasoningPiece(text))
             return
         pieces.append(TextPiece(text))
+        self._awaits_close = False
         if self._is_start:
             self._leave_start()
 
@@ -254,6 +262,7 @@ class OutputParser:
         self, found: re.Match[str], text: str, position: int, pieces: list[Piece]
     ) -> int:
         mark = found.group()
+        self._awaits_close = False
         if mark == HERMES_CLOSE and self._close_is_text:
             self._close_is_text = False
             self._show(text[position : found.end()], pieces)
@@ -310,7 +319,7 @@ class OutputParser:
     def _end_call(self) -> None:
         if self._tools is ToolFormat.HERMES:
             self._enter(_State.TEXT)
-            self._skips_space = True
+            self._skips_space = self._awaits_close = True
         else:
             self._state = _State.SEPARATOR
             self._lead = ""
@@ -322,6 +331,7 @@ class OutputParser:
         rest = scanner.raw.lstrip(_SPACE) if is_call else self._lead + scanner.raw
         self._is_start = False
         self._close_is_text = not is_call
+        self._awaits_close = is_call
         self._enter(_State.TEXT)
         self._show(rest, pieces)
 

@@ -70,6 +70,7 @@ async def test_an_engine_that_reads_no_files_gets_a_digest() -> None:
         ("link", "leads out"),
         ("linked/secret", "leads out"),
         ("sub", "not that of a file"),
+        ("circle", "cannot be read"),
         ("other.gguf", "another digest"),
     ],
 )
@@ -83,6 +84,7 @@ async def test_only_files_inside_the_directory_are_read(
     (folder / "sub").mkdir(parents=True)
     (folder / "link").symlink_to(outside / "secret")
     (folder / "linked").symlink_to(outside)
+    (folder / "circle").symlink_to(folder / "circle")
     (folder / "other.gguf").write_bytes(b"other weights")
     engine = new_engine()
     async with (

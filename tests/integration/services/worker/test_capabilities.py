@@ -10,10 +10,14 @@ from maas.engine.v1 import engine_pb2
 from maas.engine.v1 import engine_service_pb2 as pb
 from maas.inference.v1 import constraint_pb2, generation_pb2, tools_pb2
 
-from services.worker.engine.base import EngineAbilities
+from libs.errors import InvalidArgument, Reason
+from services.worker.engine.base import EngineAbilities, StepBatch
+from services.worker.model import TextSettings
 from tests.integration.services.worker.harness import (
+    MODEL_VERSION,
     TOKENIZER,
     Worker,
+    eventually,
     execution,
     running_worker,
 )
@@ -151,6 +155,41 @@ async def test_what_is_false_is_refused_by_its_public_field(path: str) -> None:
         assert told.failure.metadata["feature"] == flag
         assert told.failure.message.startswith(f"{path}:")
         assert engine.requests == {}
+
+
+async def test_embedding_that_is_switched_off_is_refused() -> None:
+    engine = ScriptedEngine(TOKENIZER.vocabulary_size)
+    off = TextSettings(disabled=frozenset({"embedding_dimensions"}))
+    async with running_worker(engine=engine, settings=off) as worker:
+        assert not (await capabilities(worker)).embedding_dimensions
+        asked = pb.EmbedRequest(execution_id="e", model_version=MODEL_VERSION)
+        asked.inputs.add(text="x")
+
+        with pytest.raises(InvalidArgument) as caught:
+            await worker.peer.call(worker.stub.Embed, asked)
+
+        assert caught.value.reason is Reason.FEATURE_UNSUPPORTED
+
+
+async def test_reasoning_that_is_switched_off_is_not_split_from_the_text() -> None:
+    engine = ScriptedEngine(TOKENIZER.vocabulary_size)
+    off = TextSettings(disabled=frozenset({"reasoning"}))
+    text = b"<think>a</think>b"
+    async with (
+        running_worker(engine=engine, settings=off) as worker,
+        worker.gateway() as gateway,
+    ):
+        made = execution(1, tokens=400)
+        chat(made)
+        await gateway.send(made)
+        await eventually(lambda: bool(engine.running))
+        (lane,) = engine.running
+        for token_id in text:
+            engine.say(StepBatch(lanes=[lane], token_ids=[token_id]))
+        engine.end(lane)
+        await gateway.until_ended(1)
+
+        assert gateway.told[1].text == text.decode()
 
 
 async def test_tools_need_a_template_that_shows_them() -> None:

@@ -11,10 +11,11 @@ from maas.engine.v1 import engine_service_pb2 as pb
 from maas.inference.v1 import generation_pb2
 from typing_extensions import override
 
-from libs.errors import Unavailable
+from libs.errors import ResourceExhausted, Unavailable
 from libs.testing import FakeClock
 from services.worker.engine.base import EngineDied, StepBatch
 from services.worker.engine.sim import SimEngine
+from services.worker.outbox import LANES_MAX
 from tests.integration.services.worker.harness import (
     ABORT_WITHIN_S,
     CAPACITY,
@@ -274,6 +275,27 @@ async def test_an_execution_can_be_aborted_while_its_prompt_is_made() -> None:
             "CONTEXT_LENGTH_EXCEEDED",
         }
         assert is_free(worker)
+
+
+async def start_without_reading(worker: Worker) -> None:
+    """Takes all lanes of a stream, and with one message starts two long prompts and one more."""
+    async with worker.gateway(grant=0) as gateway:
+        for first in range(0, LANES_MAX - 2, 2048):
+            lanes = range(first, min(first + 2048, LANES_MAX - 2))
+            await gateway.send(*(execution(lane, model_version="") for lane in lanes))
+        lanes = range(LANES_MAX, LANES_MAX + 3)
+        await gateway.send(*(execution(lane, text="q" * 5000) for lane in lanes))
+        await gateway.read()
+
+
+async def test_a_stream_that_is_cut_off_leaves_no_prompt_behind() -> None:
+    async with running_worker() as worker:
+        # Before the two have begun to be prepared.
+        with pytest.raises(ResourceExhausted):
+            await start_without_reading(worker)
+
+        await eventually(lambda: worker.executions.count == 0)
+        await eventually(lambda: worker.executions.preparing == 0)
 
 
 async def test_what_waits_in_the_engine_runs_in_the_end_and_more_is_refused() -> None:

@@ -120,7 +120,7 @@ async def test_a_token_that_is_not_in_the_vocabulary_is_named() -> None:
 async def test_what_may_wait_for_the_thread_is_bounded() -> None:
     async with running_worker() as worker:
         go_on = threading.Event()
-        blocker = asyncio.create_task(worker.executions._preparation.run("", go_on.wait, 10))
+        blocker = asyncio.create_task(worker.executions._preparation.run("", 1, go_on.wait, 10))
         calls = [asyncio.create_task(tokenize(worker, "a")) for _ in range(PREPARING_MAX - 1)]
         await eventually(lambda: worker.executions._preparation._waiting == PREPARING_MAX)
 

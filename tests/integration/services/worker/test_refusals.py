@@ -232,6 +232,30 @@ async def test_a_charge_limit_that_is_too_low_says_what_would_do() -> None:
         assert len(told.token_ids) == 1
 
 
+async def test_a_long_conversation_is_looked_at_beside_the_event_loop() -> None:
+    async with running_worker() as worker, worker.gateway() as gateway:
+        made = execution(1, chat=[(generation_pb2.ROLE_USER, "")] * 600)
+        made.chat.messages[500].ClearField("role")
+        told = await gateway.run(made)
+
+        assert told.reason == "INVALID_FIELD"
+        assert told.failure.metadata["field"] == "spec.chat.messages[500].role"
+
+        await gateway.send(execution(2, chat=[(generation_pb2.ROLE_USER, "")] * 600))
+        await gateway.until_ended(2)
+        assert gateway.told[2].reason == "CONTEXT_LENGTH_EXCEEDED"
+
+
+async def test_a_conversation_of_too_many_pieces_is_not_looked_at() -> None:
+    async with running_worker() as worker, worker.gateway() as gateway:
+        made = execution(1, chat=[(generation_pb2.ROLE_USER, "x")] * 9000)
+        told = await gateway.run(made)
+
+        assert told.reason == "INVALID_FIELD"
+        assert dict(told.failure.metadata) == {"field": "spec.chat.messages"}
+        assert worker.executions.preparing == 0
+
+
 async def test_a_newer_epoch_is_welcome() -> None:
     async with running_worker() as worker, worker.gateway() as gateway:
         worker.executions.epoch = 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import pytest
 from maas.engine.v1 import engine_pb2
 from maas.inference.v1 import generation_pb2, scores_pb2
 from typing_extensions import override
@@ -315,7 +316,7 @@ async def test_calls_are_split_from_the_text_as_they_come() -> None:
         calls = [item.tool_call for item in told.segments if item.HasField("tool_call")]
         assert told.text + "".join(item.text for item in told.segments) == "I look."
         assert [call.name for call in calls if call.name] == ["weather"]
-        assert calls[0].id.startswith("call_")
+        assert [bool(call.id) for call in calls] == [True, *[False] * (len(calls) - 1)]
         assert "".join(call.arguments_json for call in calls) == '{"city": "Bonn"}'
         assert len(calls) > 3, "arguments come in fragments"
         assert told.token_ids == bytes_of(text)
@@ -443,6 +444,36 @@ async def test_without_tools_such_marks_have_no_text() -> None:
         assert gateway.told[1].text == "AB"
 
 
+class Thinking(SimTokenizer):
+    """Has marks of calls and of reasoning as control tokens."""
+
+    @override
+    def encode(self, text: str, *, parse_special: bool) -> list[int]:
+        marks = {"<tool_call>": 256, "</think>": 257}
+        if parse_special and text in marks:
+            return [marks[text]]
+        return super().encode(text, parse_special=parse_special)
+
+
+@pytest.mark.parametrize("has_scores", [False, True], ids=["text", "scores"])
+async def test_marks_that_mean_nothing_where_they_stand_have_no_text(has_scores: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    engine = new_engine()
+    async with (
+        running_worker(engine=engine, tokenizer=Thinking()) as worker,
+        worker.gateway() as gateway,
+    ):
+        await gateway.send(asking(chat="Weather?", return_logprobs=has_scores))
+        (lane,) = await lane_of(engine)
+        # Nobody may call a tool, and behind the answer there is no reasoning.
+        for token_id in [256, 65, 257, 66, 256, 257, 67]:
+            engine.say(scored([(lane, token_id, -1.0, [])]))
+        engine.end(lane)
+        await gateway.until_ended(1)
+
+        assert gateway.told[1].text == "ABC"
+        assert gateway.told[1].token_ids == [256, 65, 257, 66, 256, 257, 67]
+
+
 async def test_a_continuation_goes_on_in_the_middle_of_a_call() -> None:
     engine = new_engine()
     text = f"I look.\n{CALL}"
@@ -485,3 +516,19 @@ async def test_a_stop_sequence_that_is_included_is_shown_and_counted() -> None:
         told = gateway.told[1]
         assert (told.text, told.end.stop_sequence) == ("go STOP", "STOP")
         assert told.token_ids == bytes_of("go STOP")
+
+
+async def test_a_continuation_finds_no_stop_sequence_across_a_mark() -> None:
+    engine = new_engine()
+    made = with_tool(asking(chat="Weather?"))
+    made.stop.stop_sequences.append("ab")
+    made.continue_token_ids.extend([*bytes_of("a"), 256, *bytes_of("b")])
+    async with (
+        running_worker(engine=engine, tokenizer=Marked()) as worker,
+        worker.gateway() as gateway,
+    ):
+        # The first worker has shown "a<tool_call>b", which is no call, and went on.
+        told = await said(gateway, engine, made, "c")
+
+        assert told.text == "c"
+        assert told.end.reason == END

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ Row = NDArray[np.float64]
 _PADDING = 0xFFFFFFFF
 _THOUGHTS = 10
 _NEVER = -20.0
+_STOPPED = generation_pb2.FINISH_REASON_STOP_SEQUENCE
 Spec = generation_pb2.GenerationSpec
 
 
@@ -63,6 +65,7 @@ class Said:
         thoughts: leading tokens that are reasoning.
         limit: characters of the text that are shown.
         stop: stop sequence that matched.
+        stop_token: stop token that matched.
     """
 
     ids: list[int]
@@ -72,6 +75,7 @@ class Said:
     thoughts: int = 0
     limit: int | None = None
     stop: str = ""
+    stop_token: int | None = None
 
 
 class Speaker:
@@ -159,9 +163,31 @@ class Speaker:
             if token == EOS:
                 reason = generation_pb2.FINISH_REASON_END
                 break
+            is_stop = token in stop.stop_token_ids
+            if is_stop and self._manner.wrong is not Wrong.STOP_TOKEN_IGNORED:
+                return self._stopped_by(token)
             self._rows.append(log_softmax(logits / self._late()))
             self._ids.append(token)
-        return self._stopped(Said(ids=self._ids, rows=self._rows, reason=reason))
+        return self._stopped(self._timed(Said(ids=self._ids, rows=self._rows, reason=reason)))
+
+    def _stopped_by(self, token: int) -> Said:
+        said = Said(ids=self._ids, rows=self._rows, reason=_STOPPED, stop_token=token)
+        if self._manner.wrong is Wrong.STOP_TOKEN_SHOWN:
+            said.ids.append(token)
+            said.rows.append(self._logits(len(said.rows)))
+        return said
+
+    def _timed(self, said: Said) -> Said:
+        """As if a token took a millisecond."""
+        most = self._spec.max_duration.ToMilliseconds()
+        if not most or len(said.ids) <= most:
+            return said
+        wrong = self._manner.wrong
+        said.ids = said.ids[: 0 if wrong is Wrong.DURATION_EMPTY else most]
+        said.reason = generation_pb2.FINISH_REASON_TIME_LIMIT
+        if wrong is Wrong.DURATION_UNNAMED:
+            said.reason = generation_pb2.FINISH_REASON_CONTEXT_FULL
+        return said
 
     def _late(self) -> float:
         heat = self._spec.sampling.temperature
@@ -183,17 +209,28 @@ class Speaker:
         heat = sampling.temperature if sampling.HasField("temperature") else 1.0
         if not heat:
             return int(np.argmax(adapted))
-        adapted /= heat
+        adapted = self._filtered(adapted / heat)
         if self._manner.ignored != "min_p" and sampling.min_p:
             adapted[adapted < adapted.max() + np.log(sampling.min_p)] = -np.inf
         return int(np.argmax(adapted + _noise(self._seed, len(self._ids))))
+
+    def _filtered(self, logits: Row) -> Row:
+        """Only the likeliest, where one of the two filters leaves no other."""
+        sampling, wrong = self._spec.sampling, self._manner.wrong
+        is_best = sampling.top_k == 1 and wrong is not Wrong.TOP_K_IGNORED
+        is_best |= 0 < sampling.top_p < 1e-3 and wrong is not Wrong.TOP_P_IGNORED
+        if is_best:
+            logits[logits < logits.max()] = -np.inf
+        return logits
 
     def _penalised(self, logits: Row) -> Row:
         sampling = self._spec.sampling
         counts = Counter(self._ids)
         if self._manner.ignored != "penalties":
             for token, count in counts.items():
-                logits[token] -= sampling.frequency_penalty * count + sampling.presence_penalty
+                logits[token] -= sampling.frequency_penalty * count
+                if self._manner.wrong is not Wrong.PRESENCE_IGNORED:
+                    logits[token] -= sampling.presence_penalty
         if sampling.HasField("repetition_penalty") and self._manner.ignored != "repetition_penalty":
             for token in {*counts, *self._prompt} & set(request_text.words()):
                 factor = sampling.repetition_penalty
@@ -215,7 +252,7 @@ class Speaker:
         ends = np.cumsum([len(bytes_of(token)) for token in said.ids])
         said.ids = said.ids[: int(np.searchsorted(ends, counted)) + 1]
         said.stop = "" if wrong is Wrong.STOP_UNNAMED else stop
-        said.reason = generation_pb2.FINISH_REASON_STOP_SEQUENCE
+        said.reason = _STOPPED
         return said
 
 
@@ -271,8 +308,13 @@ class Deltas:
         )
         if said.stop:
             last.end.stop_sequence = said.stop
+        if said.stop_token is not None:
+            last.end.stop_token_id = said.stop_token
         self._account(last, first, len(said.ids), is_streamed=is_streamed)
         made.append(last)
+        if self._manner.wrong is Wrong.SCORES_LATE and is_streamed:
+            for delta, later in reversed([*itertools.pairwise(made)]):
+                later.scores.CopyFrom(delta.scores)
         if said.call:
             return self._broken(made, is_streamed=is_streamed)
         return made
@@ -312,6 +354,10 @@ class Deltas:
             return
         if said.call:
             delta.tool_call.arguments_json = text
+            if wrong is Wrong.FRAGMENT_NUMBER and self._begun and is_streamed:
+                delta.tool_call.call_index = 1
+            if wrong is Wrong.FRAGMENT_NAMED and is_streamed:
+                self._begun = False
             if not self._begun:
                 delta.tool_call.id, delta.tool_call.name = self._call_id, said.call
                 self._begun = True

@@ -86,7 +86,7 @@ def prompt_of(spec: generation_pb2.GenerationSpec, wrong: Wrong, ignored: str) -
     """Tokens of a prompt: with a conversation, those of the template."""
     match spec.WhichOneof("input"):
         case "tokens":
-            return list(spec.tokens.ids)
+            return list(spec.tokens.ids)[1 if wrong is Wrong.IDS_CUT else 0 :]
         case "text":
             return [BOS, *encode(spec.text)]
         case _:
@@ -113,7 +113,7 @@ def _conversation(spec: generation_pb2.GenerationSpec, wrong: Wrong, ignored: st
 def _turn(message: generation_pb2.ChatMessage) -> tuple[str, str]:
     text = "".join(part.text for part in message.parts)
     calls = "".join(f"[{call.name}{call.arguments_json}]" for call in message.tool_calls)
-    return _ROLES[message.role], text + calls
+    return _ROLES.get(message.role, ""), text + calls
 
 
 class Refused(Exception):
@@ -139,7 +139,7 @@ def allowed_text(constraint: constraint_pb2.OutputConstraint, seed: int) -> str:
             values = constraint.choices.values
             if not all(values) or len(set(values)) != len(values):
                 raise Refused
-            return str(values[seed % len(values)])
+            return str(values[seed % len(values)]) if values else ""
 
 
 def _expression(regex: str) -> str:
@@ -170,17 +170,16 @@ def instance_text(source: str, seed: int) -> str:
         Refused: the schema is malformed.
     """
     schema = _checked(source)
-    value = _Instance(schema, random.Random(seed)).of(schema)
+    value = _Instance(schema, random.Random(seed)).of(schema)  # noqa: S311 - not a secret
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 @cache
 def _checked(source: str) -> dict[str, Any]:
-    level = deepest = 0
-    for character in source:
-        level += {"[": 1, "{": 1, "]": -1, "}": -1}.get(character, 0)
-        deepest = max(deepest, level)
-        if deepest > _NESTED_MAX:
+    level = 0
+    for bracket in re.findall(r"[\[\]{}]", source):
+        level += 1 if bracket in "[{" else -1
+        if level > _NESTED_MAX:
             raise Refused
     try:
         schema = json.loads(source)
@@ -239,7 +238,7 @@ class _Instance:
 
     def _integer(self, schema: dict[str, Any]) -> int:
         step = schema.get("multipleOf", 1)
-        return -(-schema["minimum"] // step) * step
+        return int(-(-schema["minimum"] // step) * step)
 
     def _number(self, schema: dict[str, Any]) -> float:
         return float(schema["minimum"]) + 0.25

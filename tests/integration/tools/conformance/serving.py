@@ -10,6 +10,7 @@ import grpc
 from maas.auth.v1.api_key_service_pb2_grpc import add_ApiKeyServiceServicer_to_server
 from maas.auth.v1.tenancy_service_pb2_grpc import add_TenancyServiceServicer_to_server
 from maas.billing.v1.account_service_pb2_grpc import add_AccountServiceServicer_to_server
+from maas.billing.v1.price_service_pb2_grpc import add_PriceServiceServicer_to_server
 from maas.billing.v1.usage_service_pb2_grpc import add_UsageServiceServicer_to_server
 from maas.catalog.v1.adapter_service_pb2_grpc import add_AdapterServiceServicer_to_server
 from maas.inference.v1.embedding_service_pb2_grpc import add_EmbeddingServiceServicer_to_server
@@ -62,6 +63,7 @@ async def serving(house: House) -> AsyncIterator[Deployment]:
     for add in (
         add_AccountServiceServicer_to_server,
         add_UsageServiceServicer_to_server,
+        add_PriceServiceServicer_to_server,
         add_ApiKeyServiceServicer_to_server,
         add_TenancyServiceServicer_to_server,
         add_WorkerServiceServicer_to_server,

@@ -36,6 +36,7 @@ ENDLESS = {
         TREE,
         {"type": "array", "items": {"$ref": "#"}},
         {"enum": [{"$ref": "http://x/y"}]},
+        {"anyOf": [{"type": "null"}, {"$ref": "#/anyOf/0"}]},
         {"properties": {"$ref": {"type": "string"}}},
         {"$ref": "#here", "$defs": {"a": {"$anchor": "here"}}},
         {
@@ -73,6 +74,8 @@ def nested(keyword: str, depth: int) -> str:
         ('{"$ref": "http://example.com/a.json"}', "another document"),
         ('{"items": {"$ref": "other.json#/a"}}', "another document"),
         ('{"$ref": "#/$defs/none"}', "not there"),
+        ('{"anyOf": [true, {"$ref": "#/anyOf/2"}]}', "not there"),
+        ('{"anyOf": [true, {"$ref": "#/anyOf/%s"}]}' % ("9" * 5000), "not there"),
         ('{"type": "thing"}', "rules of JSON Schema at /type"),
         ('{"properties": {"a": {"required": "x"}}}', "at /properties/a/required"),
         ('{"multipleOf": 0}', "rules of JSON Schema"),

@@ -19,7 +19,13 @@ from services.worker import templates
 from services.worker.chat import ChatTemplate
 from services.worker.engine.llamacpp_tokenizer import LlamaCppTokenizer
 from services.worker.engine.sim_tokenizer import CONTROL_TOKENS, SimTokenizer
-from services.worker.prompt import SHORT_CHARACTERS_MAX, PromptBuilder, is_short
+from services.worker.prompt import (
+    SHORT_CHARACTERS_MAX,
+    SHORT_PIECES_MAX,
+    PromptBuilder,
+    is_short,
+    work_of,
+)
 from services.worker.text import TokenPieces
 
 CHAT_TEMPLATE = templates.load("chatml_tools")
@@ -357,6 +363,15 @@ def test_only_long_inputs_are_made_elsewhere() -> None:
     assert not is_short(chat(*[(USER, "")] * 1000))
 
 
+def test_what_costs_more_is_more_work() -> None:
+    few, many = chat((USER, "a" * 1000)), chat(*[(USER, "")] * 1000)
+    constrained = engine_pb2.Execution(text="a")
+    constrained.constraint.json_schema = "{}" * 1000
+
+    assert work_of(engine_pb2.Execution(text="a")) < work_of(few) < work_of(many)
+    assert work_of(constrained) > work_of(engine_pb2.Execution(text="a" * 2000))
+
+
 def test_whatever_makes_a_prompt_long_is_counted() -> None:
     def with_tool(description: str, **options: bool) -> engine_pb2.Execution:
         execution = chat((USER, "a"))
@@ -380,6 +395,8 @@ def test_whatever_makes_a_prompt_long_is_counted() -> None:
         lambda it: it.chat.messages[0].parts.add(reasoning=long),
         lambda it: it.chat.messages[0].tool_calls.add(arguments_json=long),
         lambda it: setattr(it.chat, "template_variables_json", long),
+        lambda it: [it.chat.messages[0].parts.add() for _ in range(SHORT_PIECES_MAX)],
+        lambda it: [it.chat.messages[0].tool_calls.add() for _ in range(SHORT_PIECES_MAX)],
     ):
         execution = chat((USER, "a"))
         change(execution)

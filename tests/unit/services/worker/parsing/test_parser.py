@@ -178,6 +178,31 @@ def test_each_format_is_read(tools: ToolFormat, text: str, expected: list[Piece]
     assert parse(parser_of(tools), list(text)) == expected
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param('{"name": "now", "arguments": {}}\n', id="whole"),
+        pytest.param('{"name": "now", "arguments": {}\n', id="without its last brace"),
+    ],
+)
+@pytest.mark.parametrize("length", range(len("</tool_call>") + 1))
+def test_an_output_cut_inside_of_the_mark_behind_a_call_shows_none_of_it(
+    body: str, length: int
+) -> None:
+    text = f"<tool_call>\n{body}" + "</tool_call>"[:length]
+
+    assert parse(parser_of(), [text]) == [call(0, "now", "{}")]
+    assert parse(parser_of(), list(text)) == [call(0, "now", "{}")]
+
+
+@pytest.mark.parametrize("text", ["</tool_x", "a</tool", "</tool_call></tool"])
+def test_what_only_looks_like_the_mark_behind_a_call_is_text(text: str) -> None:
+    parts = ['<tool_call>{"name": "now", "arguments": {}}', text]
+
+    shown = text.removeprefix("</tool_call>")
+    assert parse(parser_of(), parts) == [call(0, "now", "{}"), TextPiece(shown)]
+
+
 def test_reasoning_that_the_prompt_opened_goes_on() -> None:
     parser = parser_of(None, inside=True)
 
