@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING
 import structlog
 from maas.engine.v1 import engine_pb2, engine_service_pb2, engine_service_pb2_grpc
 
-from libs.errors import BY_CODE, Code, Internal, MaasError, Reason, Unavailable
+from libs.errors import (
+    BY_CODE,
+    Code,
+    FieldRule,
+    Internal,
+    MaasError,
+    Reason,
+    Unavailable,
+    Violation,
+)
 from libs.process import Background
 from libs.rpc import Peer
 from services.gateway.generation import Inlet
@@ -40,6 +49,7 @@ RECONNECT_MAX_S = 1.0
 START_MAX = 256
 START_BYTES_MAX = 8 * 1024 * 1024
 
+_RULES = {rule.value: rule for rule in FieldRule}
 _REASONS = {reason.value: reason for reason in Reason}
 
 
@@ -278,6 +288,12 @@ class Link:
             failure.message,
             reason=_REASONS.get(failure.reason),
             metadata=dict(failure.metadata),
+            violations=[
+                Violation(item.field, _RULES[item.rule], item.description)
+                for item in failure.violations
+                # What a newer worker calls otherwise: the reason says enough.
+                if item.rule in _RULES
+            ],
             retry_after_s=1.0 if kind is Unavailable else None,
         )
 

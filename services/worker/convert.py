@@ -26,6 +26,12 @@ def failure_to_pb(error: MaasError) -> engine_pb2.Failure:
         reason=error.reason.value,
         message=error.message,
         metadata=error.metadata,
+        violations=[
+            engine_pb2.FailureViolation(
+                field=violation.field, rule=violation.rule, description=violation.description
+            )
+            for violation in error.violations
+        ],
     )
 
 

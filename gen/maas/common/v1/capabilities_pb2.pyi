@@ -94,7 +94,9 @@ class Capabilities(_message.Message):
     prompt_cache: _builtins.bool
     """A prefix cache: equal beginnings of prompts are computed once."""
     deterministic: _builtins.bool
-    """The same seed, prompt and position give the same token on every worker."""
+    """The same seed, prompt and position give the same token on every worker. With
+    an adapter, the last bits of its matrices may depend on what else runs.
+    """
     def __init__(
         self,
         *,

@@ -317,7 +317,7 @@ class ChatInput(_message.Message):
     """The last message, of the assistant, is unfinished: the output goes on with it."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
-        """Turns, oldest first."""
+        """Turns, oldest first; at most 16384 messages, parts and tool calls together."""
 
     def __init__(
         self,

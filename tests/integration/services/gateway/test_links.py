@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 from maas.engine.v1 import engine_pb2
 
-from libs.errors import InvalidArgument, Reason, Unavailable
+from libs.errors import FieldRule, InvalidArgument, Reason, Unavailable, Violation
 from libs.process import Background
 from services.gateway import links
 from services.gateway.generation import new_sink
@@ -136,6 +136,12 @@ async def test_a_failure_becomes_its_error() -> None:
             reason="CONTEXT_LENGTH_EXCEEDED",
             message="too long",
             metadata={"tokens": "9", "limit": "8"},
+            violations=[
+                engine_pb2.FailureViolation(
+                    field="spec.text", rule="TOO_LONG", description="has 9 tokens"
+                ),
+                engine_pb2.FailureViolation(field="spec.stop", rule="FROM_LATER"),
+            ],
         )
         worker.responses.put_nowait(
             engine_pb2.StepEvents(ended=[engine_pb2.Ended(lane=lane, failure=failure)])
@@ -145,6 +151,9 @@ async def test_a_failure_becomes_its_error() -> None:
             await sink.accepted
         assert caught.value.reason is Reason.CONTEXT_LENGTH_EXCEEDED
         assert caught.value.metadata == {"tokens": "9", "limit": "8"}
+        assert caught.value.violations == (
+            Violation("spec.text", FieldRule.TOO_LONG, "has 9 tokens"),
+        )
 
 
 async def test_a_broken_stream_fails_everything_on_it_and_comes_back() -> None:

@@ -216,6 +216,9 @@ async def test_refused_before_the_engine_sees_anything(refusal: Refusal) -> None
         assert told.failure.code == refusal.code
         assert told.failure.reason == refusal.reason
         assert dict(told.failure.metadata) == refusal.metadata
+        if told.failure.code == Code.INVALID_ARGUMENT and "field" in refusal.metadata:
+            (violation,) = told.failure.violations
+            assert violation.field == refusal.metadata["field"]
         assert submitted == []
         assert worker.reports.take(9) == ([], [])
 
