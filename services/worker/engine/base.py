@@ -150,12 +150,17 @@ class EngineRequest:
 
 
 class EndReason(enum.Enum):
-    """Why an execution ended."""
+    """Why an execution ended.
+
+    CONSTRAINT_LIMIT: following its constraint takes more processor time than an output has. What
+    it has said is a beginning of what the constraint allows; the engine is not to blame.
+    """
 
     END_OF_SEQUENCE = "end_of_sequence"
     STOP_TOKEN = "stop_token"  # noqa: S105 - not a secret
     MAX_TOKENS = "max_tokens"
     CONTEXT_FULL = "context_full"
+    CONSTRAINT_LIMIT = "constraint_limit"
     ABORTED = "aborted"
     FAILED = "failed"
 

@@ -416,15 +416,18 @@ class InflightBatch:
         self._report.lanes += self._lanes[rows[is_shown]].tobytes()
         self._report.token_ids += ids[is_shown].astype(np.int32).tobytes()
         for row in np.flatnonzero(is_through).tolist():
-            fault = drawn.faults.get(row, "" if ids[row] != NO_ID else NO_FINITE_LOGITS)
-            self._end_row(int(rows[row]), int(ids[row]), is_at_end=bool(is_end[row]), fault=fault)
+            slot = int(rows[row])
+            if row in drawn.faults:
+                self._finish(slot, EndReason.CONSTRAINT_LIMIT, message=drawn.faults[row])
+            elif ids[row] == NO_ID:
+                self._finish(slot, EndReason.FAILED, message=NO_FINITE_LOGITS)
+            else:
+                self._end_row(slot, int(ids[row]), is_at_end=bool(is_end[row]))
         self._regroup()
 
-    def _end_row(self, slot: Slot, token_id: int, *, is_at_end: bool, fault: str) -> None:
+    def _end_row(self, slot: Slot, token_id: int, *, is_at_end: bool) -> None:
         occupant = self._occupants[slot]
-        if fault:
-            self._finish(slot, EndReason.FAILED, message=fault)
-        elif is_at_end:
+        if is_at_end:
             self._finish(slot, EndReason.END_OF_SEQUENCE)
         elif token_id in occupant.request.stop_token_ids:
             self._finish(slot, EndReason.STOP_TOKEN, stop_token_id=token_id)

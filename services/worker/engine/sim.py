@@ -444,7 +444,7 @@ class SimEngine:
             try:
                 token_id = run.speaker.say()
             except MatcherError as error:
-                self._finish(run, EndReason.FAILED, str(error))
+                self._finish(run, EndReason.CONSTRAINT_LIMIT, str(error))
                 continue
             if token_id is None:
                 self._finish(run, EndReason.END_OF_SEQUENCE)

@@ -140,6 +140,10 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """max_duration has passed."""
     FINISH_REASON_CHARGE_LIMIT: _FinishReason.ValueType  # 7
     """One more token would cost more than max_charge."""
+    FINISH_REASON_CONSTRAINT_LIMIT: _FinishReason.ValueType  # 8
+    """Following the constraint takes more processor time than an output has: it is
+    ambiguous, or of a kind that grows dearer with every token.
+    """
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """Why an output ended. Readers treat an unknown value as a normal end."""
@@ -160,6 +164,10 @@ FINISH_REASON_TIME_LIMIT: FinishReason.ValueType  # 6
 """max_duration has passed."""
 FINISH_REASON_CHARGE_LIMIT: FinishReason.ValueType  # 7
 """One more token would cost more than max_charge."""
+FINISH_REASON_CONSTRAINT_LIMIT: FinishReason.ValueType  # 8
+"""Following the constraint takes more processor time than an output has: it is
+ambiguous, or of a kind that grows dearer with every token.
+"""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final

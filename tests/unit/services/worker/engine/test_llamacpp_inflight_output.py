@@ -98,18 +98,23 @@ def test_a_limit_ends_a_constrained_output_before() -> None:
 
 
 @pytest.mark.parametrize(
-    ("grammar", "message"),
-    [("malformed", "the grammar is malformed"), ("101", "nothing fits")],
-    ids=["does not compile", "breaks on the way"],
+    ("grammar", "message", "reason"),
+    [
+        ("malformed", "the grammar is malformed", EndReason.FAILED),
+        ("101", "nothing fits", EndReason.CONSTRAINT_LIMIT),
+    ],
+    ids=["does not compile", "cannot be followed"],
 )
-def test_a_broken_constraint_fails_its_lane_alone(grammar: str, message: str) -> None:
+def test_a_broken_constraint_ends_its_lane_alone(
+    grammar: str, message: str, reason: EndReason
+) -> None:
     world = World(compile_grammar=compile_grammar)
     world.batch.submit(0, constrained(grammar))
     world.batch.submit(1, ask((1, 2), 9))
 
     world.run()
 
-    assert world.ended[0] == Ended(0, EndReason.FAILED, None, message)
+    assert world.ended[0] == Ended(0, reason, None, message)
     assert world.outputs[1] == continued((1, 2), 9)
 
 

@@ -8,11 +8,15 @@ from typing import TypeVar
 
 import numpy as np
 import pytest
+from llguidance import LLMatcher
 
 from libs.testing import FakeClock
+from services.worker.engine import matcher
 from services.worker.engine.base import (
     Adapter,
     AdapterUnusable,
+    Constraint,
+    ConstraintKind,
     EmbeddingFailed,
     EndReason,
     EngineRequest,
@@ -260,3 +264,22 @@ async def test_texts_that_share_tokens_are_closer() -> None:
 async def test_inputs_that_cannot_be_embedded_are_refused(token_ids: tuple[int, ...]) -> None:
     with pytest.raises(EmbeddingFailed):
         await make().embed([PROMPT, token_ids])
+
+
+async def test_a_constraint_that_takes_too_long_ends_its_output_and_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its sender pays for what was said: the engine is not to blame."""
+    engine = make()
+    await engine.start()
+    grammar = LLMatcher.grammar_from_regex("[a-z]{12}")
+    constraint = Constraint(kind=ConstraintKind.REGEX, source="", grammar=grammar)
+    monkeypatch.setattr(matcher, "AHEAD_CPU_S", 0.0)
+    monkeypatch.setattr(matcher, "STEP_CPU_S", 0.0)
+    try:
+        said, reason = await say(engine, replace(ask(), constraint=constraint))
+    finally:
+        await engine.stop()
+
+    assert reason is EndReason.CONSTRAINT_LIMIT
+    assert len(said) < 12
