@@ -1,6 +1,6 @@
 // A conversation with two tools over gRPC, through a client generated from protos/ by protoc-gen-es.
 //
-//   . ../../../.maas/dev.env && npm ci && npm run gen && npm start
+//   make setup-dev && . .maas/dev.env && cd docs/clients/node && npm ci && npm run gen && npm start
 //
 // The model is made to call each tool once, with arguments that match the tool's schema; their
 // results go back to it, and it answers in words.
