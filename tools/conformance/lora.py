@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from services.worker.engine.llamacpp_adapter_file import describe
+from services.worker.engine.gguf import describe
 
 RANK = 4
 ALPHA = 8.0

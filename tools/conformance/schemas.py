@@ -56,11 +56,6 @@ def generate_schema(seed: int) -> GeneratedSchema:
             return GeneratedSchema(schema, size)
 
 
-def random_schema(seed: int) -> Schema:
-    """Makes the schema with a number, without the length of its outputs."""
-    return generate_schema(seed).schema
-
-
 class _Generator:
     """Makes one schema. Every method returns a schema and the length of its longest output."""
 

@@ -10,10 +10,9 @@ import dataclasses
 import hashlib
 import json
 import re
-import struct
 from pathlib import Path
-from typing import IO
 
+from services.worker.engine.gguf import NotGgufError, describe
 from services.worker.engine.sim_tokenizer import CHAT_TEMPLATE
 from tools.local import credential
 from tools.local.place import OWN_MODEL, OWN_TEMPLATE
@@ -21,12 +20,7 @@ from tools.local.place import OWN_MODEL, OWN_TEMPLATE
 ID_LENGTH_MAX = 63
 VERSION_LENGTH = 12
 SIM = "sim"
-_READ_BYTES = 1 << 20
-_MAGIC = b"GGUF"
 _TEMPLATE_KEY = "tokenizer.chat_template"
-_STRING, _ARRAY = 8, 9
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Bytes of a metadata value by its type. Source: ggml/docs/gguf.md."""
 
 
 class ModelError(Exception):
@@ -124,42 +118,8 @@ def _read_known(known: Path) -> dict[str, dict[str, str]]:
 
 def _read_template(path: Path) -> str:
     """Finds the chat template in a GGUF file's metadata; empty when there is none."""
-    with path.open("rb") as file:
-        if file.read(4) != _MAGIC:
-            raise ModelError(f"{path}: is not a GGUF file")
-        try:
-            _version, _tensors, count = struct.unpack("<IQQ", file.read(20))
-            for _ in range(count):
-                key = _read_string(file)
-                (kind,) = struct.unpack("<I", file.read(4))
-                if key == _TEMPLATE_KEY and kind == _STRING:
-                    return _read_string(file)
-                _skip(file, kind)
-        except (struct.error, KeyError, UnicodeDecodeError) as error:
-            raise ModelError(f"{path}: its metadata cannot be read") from error
-    return ""
-
-
-def _read_string(file: IO[bytes]) -> str:
-    (length,) = struct.unpack("<Q", file.read(8))
-    if length > _READ_BYTES:
-        raise struct.error
-    data = file.read(length)
-    if len(data) < length:
-        raise struct.error
-    return data.decode("utf-8")
-
-
-def _skip(file: IO[bytes], kind: int) -> None:
-    """Steps over a metadata value."""
-    if kind == _STRING:
-        file.seek(struct.unpack("<Q", file.read(8))[0], 1)
-    elif kind == _ARRAY:
-        item, count = struct.unpack("<IQ", file.read(12))
-        if item in _SIZES:
-            file.seek(_SIZES[item] * count, 1)
-        else:
-            for _ in range(count):
-                _skip(file, item)
-    else:
-        file.seek(_SIZES[kind], 1)
+    try:
+        template = describe(path).fields.get(_TEMPLATE_KEY, "")
+    except NotGgufError as error:
+        raise ModelError(f"{path}: is no GGUF file that can be read: {error}") from error
+    return template if isinstance(template, str) else ""

@@ -20,12 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from services.worker.engine.base import Adapter, AdapterUnusable, EngineStartError
-from services.worker.engine.llamacpp_adapter_file import (
-    Description,
-    NotGgufError,
-    check_adapter_file,
-    describe,
-)
+from services.worker.engine.gguf import Description, NotGgufError, describe
+from services.worker.engine.llamacpp_adapter_file import check_adapter_file
 from services.worker.engine.llamacpp_api import (
     ATTRIBUTE_CONTROL,
     ATTRIBUTE_UNKNOWN,

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from services.worker.engine.base import Adapter, AdapterUnusable
-from services.worker.engine.llamacpp_adapter_file import Description, check_adapter_file, describe
+from services.worker.engine.gguf import Description, describe
+from services.worker.engine.llamacpp_adapter_file import check_adapter_file
 from services.worker.engine.llamacpp_adapters import AdapterShelf
 
 MODEL = Path(__file__).parents[5] / "services" / "worker" / "models" / "maas-tiny-story.gguf"
