@@ -16,7 +16,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from maas.common.v1 import capabilities_pb2, options_pb2
 
-from libs.errors import FieldRule, InvalidArgument, Reason, Violation, invalid_field
+from libs.errors import FieldRule, InvalidArgument, invalid_field, unsupported
 
 FLAGS: tuple[str, ...] = tuple(capabilities_pb2.Capabilities.DESCRIPTOR.fields_by_name)
 """Names of all flags, in the order of the contract."""
@@ -115,13 +115,12 @@ def require(
     limit = _limit(field.flag, capabilities)
     if limit and isinstance(value, int):
         raise invalid_field(path, FieldRule.OUT_OF_RANGE, f"must be at most {limit} for this model")
-    description = f"the model cannot do this ({field.flag})"
-    raise InvalidArgument(
-        f"{path}: {description}",
-        reason=Reason.FEATURE_UNSUPPORTED,
-        metadata={"model": model, "feature": field.flag},
-        violations=[Violation(path, FieldRule.UNSUPPORTED, description)],
-    )
+    raise cannot(path, field.flag, model=model)
+
+
+def cannot(path: str, flag: str, *, model: str) -> InvalidArgument:
+    """Makes the refusal of a field whose flag is false."""
+    return unsupported(path, f"the model cannot do this ({flag})", feature=flag, model=model)
 
 
 @functools.cache  # Message types are few.

@@ -268,6 +268,23 @@ def invalid_field(field: str, rule: FieldRule, description: str) -> InvalidArgum
     )
 
 
+def unsupported(field: str, description: str, *, feature: str, model: str) -> InvalidArgument:
+    """Makes the error for a field that asks for what the model cannot do.
+
+    Args:
+        field: its path.
+        description: for people.
+        feature: flag of maas.common.v1.Capabilities that is false.
+        model: who cannot do it.
+    """
+    return InvalidArgument(
+        f"{field}: {description}",
+        reason=Reason.FEATURE_UNSUPPORTED,
+        metadata={"model": model, "feature": feature},
+        violations=[Violation(field, FieldRule.UNSUPPORTED, description)],
+    )
+
+
 def not_found(resource: str) -> NotFound:
     """Makes the error for a resource that is not there, e.g. "offerings/x"."""
     return NotFound(f"{resource} not found", metadata={"resource": resource})

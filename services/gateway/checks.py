@@ -19,6 +19,7 @@ from libs.errors import (
     Reason,
     Violation,
     invalid_field,
+    unsupported,
 )
 from libs.units import CURRENCY
 from services.gateway import spec_rules
@@ -128,12 +129,11 @@ def _require(spec: generation_pb2.GenerationSpec, able: Capabilities, model: str
     capabilities.require(spec, able, model=model, prefix="spec")
     if spec.tools.mode == tools_pb2.TOOL_MODE_REQUIRED and not able.strict_tools:
         # One value of a field, of which the contract's rule for fields cannot speak.
-        description = "the model cannot be made to call a tool (strict_tools)"
-        raise InvalidArgument(
-            f"spec.tools.mode: {description}",
-            reason=Reason.FEATURE_UNSUPPORTED,
-            metadata={"model": model, "feature": "strict_tools"},
-            violations=[Violation("spec.tools.mode", FieldRule.UNSUPPORTED, description)],
+        raise unsupported(
+            "spec.tools.mode",
+            "the model cannot be made to call a tool (strict_tools)",
+            feature="strict_tools",
+            model=model,
         )
 
 

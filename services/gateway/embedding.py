@@ -23,11 +23,10 @@ from libs import capabilities, ids
 from libs.errors import (
     FailedPrecondition,
     FieldRule,
-    InvalidArgument,
     MaasError,
     Reason,
-    Violation,
     invalid_field,
+    unsupported,
 )
 from libs.rpc import Call
 from libs.units import CURRENCY
@@ -236,12 +235,11 @@ class Embeddings:
             raise no_ready_worker(offering.model_version)
         capabilities.require(request, able, model=offering.name, prefix="")
         if not able.embedding_dimensions:
-            description = "the model makes no embeddings (embedding_dimensions)"
-            raise InvalidArgument(
-                f"model: {description}",
-                reason=Reason.FEATURE_UNSUPPORTED,
-                metadata={"model": offering.name, "feature": "embedding_dimensions"},
-                violations=[Violation("model", FieldRule.UNSUPPORTED, description)],
+            raise unsupported(
+                "model",
+                "the model makes no embeddings (embedding_dimensions)",
+                feature="embedding_dimensions",
+                model=offering.name,
             )
         return able.embedding_dimensions
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NoReturn
 
 from maas.common.v1 import capabilities_pb2
 from maas.engine.v1 import engine_pb2
 from maas.inference.v1 import tools_pb2
 
 from libs import capabilities as flags
-from libs.errors import FieldRule, InvalidArgument, Reason, Violation
 from services.worker.chat import ChatTemplate
 from services.worker.engine.base import ConstraintKind, EngineInfo
 from services.worker.formats import Formats
@@ -79,26 +77,7 @@ def require_able(
         InvalidArgument: names the public field, with FEATURE_UNSUPPORTED or OUT_OF_RANGE.
     """
     model = execution.model_version
-    # The contract says it of the fields of a generation's spec, and not of these of an execution.
-    for name, flag, is_set in (
-        ("chat", "chat", execution.HasField("chat")),
-        ("tools", "tool_calls", execution.HasField("tools")),
-        ("reasoning", "reasoning", execution.HasField("reasoning")),
-        ("adapter", "adapters", execution.HasField("adapter")),
-    ):
-        if is_set and not getattr(capabilities, flag):
-            _refuse(f"spec.{name}", flag, model)
     flags.require(execution, capabilities, model=model, prefix="spec")
     is_required = execution.tools.mode == tools_pb2.TOOL_MODE_REQUIRED
     if is_required and not capabilities.strict_tools:
-        _refuse("spec.tools.mode", "strict_tools", model)
-
-
-def _refuse(path: str, flag: str, model: str) -> NoReturn:
-    description = f"the model cannot do this ({flag})"
-    raise InvalidArgument(
-        f"{path}: {description}",
-        reason=Reason.FEATURE_UNSUPPORTED,
-        metadata={"model": model, "feature": flag},
-        violations=[Violation(path, FieldRule.UNSUPPORTED, description)],
-    )
+        raise flags.cannot("spec.tools.mode", "strict_tools", model=model)

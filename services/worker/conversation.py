@@ -18,7 +18,7 @@ from libs.chat_rules import (
     JsonValue,
     parse_object,
 )
-from libs.errors import FieldRule, InvalidArgument, Reason, Violation, invalid_field
+from libs.errors import FieldRule, InvalidArgument, invalid_field, unsupported
 from services.worker import veil
 from services.worker.chat import Conversation, Habits, Turn
 
@@ -125,12 +125,11 @@ def _require_habits(execution: engine_pb2.Execution, habits: Habits) -> None:
 
 
 def _unsupported(execution: engine_pb2.Execution, path: str, flag: str) -> InvalidArgument:
-    description = f"the model's chat template cannot do this ({flag})"
-    return InvalidArgument(
-        f"{path}: {description}",
-        reason=Reason.FEATURE_UNSUPPORTED,
-        metadata={"model": execution.model_version, "feature": flag},
-        violations=[Violation(path, FieldRule.UNSUPPORTED, description)],
+    return unsupported(
+        path,
+        f"the model's chat template cannot do this ({flag})",
+        feature=flag,
+        model=execution.model_version,
     )
 
 

@@ -12,7 +12,7 @@ import structlog
 from maas.engine.v1 import engine_service_pb2 as engine_service_pb
 from maas.inference.v1 import embedding_service_pb2
 
-from libs.errors import FieldRule, InvalidArgument, Reason, Violation, invalid_field
+from libs.errors import FieldRule, invalid_field, unsupported
 from libs.limits import INTERNAL_MESSAGE_BYTES_MAX
 from services.worker import runs
 from services.worker.admission import EXECUTION_BYTES_MAX, Admission
@@ -113,12 +113,11 @@ class Embedder:
     def _check(self, request: engine_service_pb.EmbedRequest) -> None:
         self._admission.require_version(request.model_version)
         if not self._dimensions:
-            said = "the model makes no embeddings"
-            raise InvalidArgument(
-                f"inputs: {said}",
-                reason=Reason.FEATURE_UNSUPPORTED,
-                metadata={"model": request.model_version, "feature": "embedding_dimensions"},
-                violations=[Violation("inputs", FieldRule.UNSUPPORTED, said)],
+            raise unsupported(
+                "inputs",
+                "the model makes no embeddings",
+                feature="embedding_dimensions",
+                model=request.model_version,
             )
         if request.ByteSize() > EXECUTION_BYTES_MAX:
             raise invalid_field(

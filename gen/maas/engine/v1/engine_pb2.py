@@ -31,7 +31,7 @@ from maas.inference.v1 import scores_pb2 as maas_dot_inference_dot_v1_dot_scores
 from maas.inference.v1 import tools_pb2 as maas_dot_inference_dot_v1_dot_tools__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmaas/engine/v1/engine.proto\x12\x0emaas.engine.v1\x1a\x1egoogle/protobuf/duration.proto\x1a!maas/common/v1/capabilities.proto\x1a\x1cmaas/common/v1/options.proto\x1a\"maas/inference/v1/constraint.proto\x1a\"maas/inference/v1/generation.proto\x1a\x1emaas/inference/v1/scores.proto\x1a\x1dmaas/inference/v1/tools.proto\"\xad\x07\n\tExecution\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x1f\n\x0c\x65xecution_id\x18\x02 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \x80\x01\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12 \n\rmodel_version\x18\x04 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12,\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x1c.maas.inference.v1.ChatInputH\x00\x12\x13\n\x04text\x18\x06 \x01(\tB\x03\x80\x01\x01H\x00\x12-\n\x06tokens\x18\x07 \x01(\x0b\x32\x1b.maas.inference.v1.TokenIdsH\x00\x12\x1f\n\x12\x63ontinue_token_ids\x18\x08 \x03(\rB\x03\x80\x01\x01\x12\x34\n\x08sampling\x18\t \x01(\x0b\x32\".maas.inference.v1.SamplingOptions\x12,\n\x04stop\x18\n \x01(\x0b\x32\x1e.maas.inference.v1.StopOptions\x12)\n\x06\x62udget\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0c\x63harge_limit\x18\x0c \x01(\x0b\x32\x1b.maas.engine.v1.ChargeLimit\x12\x32\n\x0foutput_interval\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\x06output\x18\x0e \x01(\x0b\x32 .maas.inference.v1.OutputOptions\x12\x1a\n\nmore_lanes\x18\x0f \x03(\rB\x06\x92\xe7\x18\x02(\x0f\x12-\n\x05tools\x18\x10 \x01(\x0b\x32\x1e.maas.inference.v1.ToolOptions\x12\x37\n\nconstraint\x18\x11 \x01(\x0b\x32#.maas.inference.v1.OutputConstraint\x12\x36\n\treasoning\x18\x12 \x01(\x0b\x32#.maas.inference.v1.ReasoningOptions\x12+\n\x07\x61\x64\x61pter\x18\x13 \x01(\x0b\x32\x1a.maas.engine.v1.AdapterRef\x12\x1a\n\ncache_salt\x18\x14 \x01(\x0c\x42\x06\x92\xe7\x18\x02  \x12\x14\n\x0c\x62ypass_cache\x18\x15 \x01(\x08\x12\x32\n\x08priority\x18\x16 \x01(\x0e\x32 .maas.inference.v1.PriorityClass\x12-\n\ntime_limit\x18\x17 \x01(\x0b\x32\x19.google.protobuf.DurationB\x07\n\x05input\"k\n\nAdapterRef\x12\x17\n\x04name\x18\x01 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x17\n\x04path\x18\x02 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \x80\x02\x12+\n\x06\x64igest\x18\x03 \x01(\tB\x1b\x92\xe7\x18\x17\x08\x01\x32\x13sha256:[0-9a-f]{64}\"t\n\x0b\x43hargeLimit\x12\x1c\n\x05nanos\x18\x01 \x01(\x03\x42\r\x92\xe7\x18\t\x11\x00\x00\x00\x00\x00\x00\x00\x00\x12\"\n\x0binput_price\x18\x02 \x01(\x03\x42\r\x92\xe7\x18\t\x11\x00\x00\x00\x00\x00\x00\x00\x00\x12#\n\x0coutput_price\x18\x03 \x01(\x03\x42\r\x92\xe7\x18\t\x11\x00\x00\x00\x00\x00\x00\x00\x00\"\xf0\x02\n\nStepEvents\x12*\n\x08\x61\x63\x63\x65pted\x18\x01 \x03(\x0b\x32\x18.maas.engine.v1.Accepted\x12\r\n\x05lanes\x18\x02 \x03(\r\x12\x14\n\x0ctoken_counts\x18\x03 \x03(\r\x12\x16\n\ttoken_ids\x18\x04 \x03(\rB\x03\x80\x01\x01\x12\x12\n\x05texts\x18\x05 \x03(\tB\x03\x80\x01\x01\x12$\n\x05\x65nded\x18\x06 \x03(\x0b\x32\x15.maas.engine.v1.Ended\x12,\n\tprefilled\x18\x07 \x03(\x0b\x32\x19.maas.engine.v1.Prefilled\x12-\n\x08segments\x18\x08 \x03(\x0b\x32\x1b.maas.engine.v1.RowSegments\x12)\n\x06scores\x18\t \x03(\x0b\x32\x19.maas.engine.v1.RowScores\x12\x37\n\rprompt_scores\x18\n \x03(\x0b\x32 .maas.engine.v1.LanePromptScores\"0\n\tPrefilled\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\"_\n\x0bRowSegments\x12\x0b\n\x03row\x18\x01 \x01(\r\x12)\n\x08segments\x18\x02 \x03(\x0b\x32\x17.maas.engine.v1.Segment\x12\x18\n\x10reasoning_tokens\x18\x03 \x01(\r\"w\n\x07Segment\x12\x13\n\x04text\x18\x01 \x01(\tB\x03\x80\x01\x01H\x00\x12\x18\n\treasoning\x18\x02 \x01(\tB\x03\x80\x01\x01H\x00\x12\x35\n\ttool_call\x18\x03 \x01(\x0b\x32 .maas.inference.v1.ToolCallDeltaH\x00\x42\x06\n\x04kind\"H\n\tRowScores\x12\x0b\n\x03row\x18\x01 \x01(\r\x12.\n\x06scores\x18\x02 \x01(\x0b\x32\x1e.maas.inference.v1.TokenScores\"Q\n\x10LanePromptScores\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12/\n\x06scores\x18\x02 \x01(\x0b\x32\x1f.maas.inference.v1.PromptScores\".\n\x08\x41\x63\x63\x65pted\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x14\n\x0cinput_tokens\x18\x02 \x01(\r\"j\n\x05\x45nded\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12)\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x1c.maas.inference.v1.OutputEnd\x12(\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x17.maas.engine.v1.Failure\"\xd8\x01\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x37\n\x08metadata\x18\x04 \x03(\x0b\x32%.maas.engine.v1.Failure.MetadataEntry\x12\x34\n\nviolations\x18\x05 \x03(\x0b\x32 .maas.engine.v1.FailureViolation\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"D\n\x10\x46\x61ilureViolation\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x0c\n\x04rule\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\"\xeb\x01\n\nEngineInfo\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x02 \x01(\t\x12\x16\n\x0emodel_versions\x18\x03 \x03(\t\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\x12\x13\n\x0bmax_running\x18\x05 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x06 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x07 \x01(\r\x12\x0e\n\x06\x64igest\x18\x08 \x01(\t\x12\x32\n\x0c\x63\x61pabilities\x18\t \x01(\x0b\x32\x1c.maas.common.v1.Capabilities\"\xfd\x01\n\nLoadReport\x12\x14\n\x07running\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07waiting\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x1b\n\x0ewaiting_tokens\x18\x03 \x01(\x04H\x02\x88\x01\x01\x12\x1b\n\x0ekv_used_tokens\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x1c\n\x0fkv_total_tokens\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x19\n\x11resident_adapters\x18\x06 \x03(\tB\n\n\x08_runningB\n\n\x08_waitingB\x11\n\x0f_waiting_tokensB\x11\n\x0f_kv_used_tokensB\x12\n\x10_kv_total_tokensb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmaas/engine/v1/engine.proto\x12\x0emaas.engine.v1\x1a\x1egoogle/protobuf/duration.proto\x1a!maas/common/v1/capabilities.proto\x1a\x1cmaas/common/v1/options.proto\x1a\"maas/inference/v1/constraint.proto\x1a\"maas/inference/v1/generation.proto\x1a\x1emaas/inference/v1/scores.proto\x1a\x1dmaas/inference/v1/tools.proto\"\xec\x07\n\tExecution\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x1f\n\x0c\x65xecution_id\x18\x02 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \x80\x01\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12 \n\rmodel_version\x18\x04 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x38\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x1c.maas.inference.v1.ChatInputB\n\x92\xe7\x18\x06\x42\x04\x63hatH\x00\x12\x13\n\x04text\x18\x06 \x01(\tB\x03\x80\x01\x01H\x00\x12-\n\x06tokens\x18\x07 \x01(\x0b\x32\x1b.maas.inference.v1.TokenIdsH\x00\x12\x1f\n\x12\x63ontinue_token_ids\x18\x08 \x03(\rB\x03\x80\x01\x01\x12\x34\n\x08sampling\x18\t \x01(\x0b\x32\".maas.inference.v1.SamplingOptions\x12,\n\x04stop\x18\n \x01(\x0b\x32\x1e.maas.inference.v1.StopOptions\x12)\n\x06\x62udget\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0c\x63harge_limit\x18\x0c \x01(\x0b\x32\x1b.maas.engine.v1.ChargeLimit\x12\x32\n\x0foutput_interval\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\x06output\x18\x0e \x01(\x0b\x32 .maas.inference.v1.OutputOptions\x12\x1a\n\nmore_lanes\x18\x0f \x03(\rB\x06\x92\xe7\x18\x02(\x0f\x12?\n\x05tools\x18\x10 \x01(\x0b\x32\x1e.maas.inference.v1.ToolOptionsB\x10\x92\xe7\x18\x0c\x42\ntool_calls\x12\x37\n\nconstraint\x18\x11 \x01(\x0b\x32#.maas.inference.v1.OutputConstraint\x12G\n\treasoning\x18\x12 \x01(\x0b\x32#.maas.inference.v1.ReasoningOptionsB\x0f\x92\xe7\x18\x0b\x42\treasoning\x12;\n\x07\x61\x64\x61pter\x18\x13 \x01(\x0b\x32\x1a.maas.engine.v1.AdapterRefB\x0e\x92\xe7\x18\nB\x08\x61\x64\x61pters\x12\x1a\n\ncache_salt\x18\x14 \x01(\x0c\x42\x06\x92\xe7\x18\x02  \x12\x14\n\x0c\x62ypass_cache\x18\x15 \x01(\x08\x12\x32\n\x08priority\x18\x16 \x01(\x0e\x32 .maas.inference.v1.PriorityClass\x12-\n\ntime_limit\x18\x17 \x01(\x0b\x32\x19.google.protobuf.DurationB\x07\n\x05input\"k\n\nAdapterRef\x12\x17\n\x04name\x18\x01 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x17\n\x04path\x18\x02 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \x80\x02\x12+\n\x06\x64igest\x18\x03 \x01(\tB\x1b\x92\xe7\x18\x17\x08\x01\x32\x13sha256:[0-9a-f]{64}\"t\n\x0b\x43hargeLimit\x12\x1c\n\x05nanos\x18\x01 \x01(\x03\x42\r\x92\xe7\x18\t\x11\x00\x00\x00\x00\x00\x00\x00\x00\x12\"\n\x0binput_price\x18\x02 \x01(\x03\x42\r\x92\xe7\x18\t\x11\x00\x00\x00\x00\x00\x00\x00\x00\x12#\n\x0coutput_price\x18\x03 \x01(\x03\x42\r\x92\xe7\x18\t\x11\x00\x00\x00\x00\x00\x00\x00\x00\"\xf0\x02\n\nStepEvents\x12*\n\x08\x61\x63\x63\x65pted\x18\x01 \x03(\x0b\x32\x18.maas.engine.v1.Accepted\x12\r\n\x05lanes\x18\x02 \x03(\r\x12\x14\n\x0ctoken_counts\x18\x03 \x03(\r\x12\x16\n\ttoken_ids\x18\x04 \x03(\rB\x03\x80\x01\x01\x12\x12\n\x05texts\x18\x05 \x03(\tB\x03\x80\x01\x01\x12$\n\x05\x65nded\x18\x06 \x03(\x0b\x32\x15.maas.engine.v1.Ended\x12,\n\tprefilled\x18\x07 \x03(\x0b\x32\x19.maas.engine.v1.Prefilled\x12-\n\x08segments\x18\x08 \x03(\x0b\x32\x1b.maas.engine.v1.RowSegments\x12)\n\x06scores\x18\t \x03(\x0b\x32\x19.maas.engine.v1.RowScores\x12\x37\n\rprompt_scores\x18\n \x03(\x0b\x32 .maas.engine.v1.LanePromptScores\"0\n\tPrefilled\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\"_\n\x0bRowSegments\x12\x0b\n\x03row\x18\x01 \x01(\r\x12)\n\x08segments\x18\x02 \x03(\x0b\x32\x17.maas.engine.v1.Segment\x12\x18\n\x10reasoning_tokens\x18\x03 \x01(\r\"w\n\x07Segment\x12\x13\n\x04text\x18\x01 \x01(\tB\x03\x80\x01\x01H\x00\x12\x18\n\treasoning\x18\x02 \x01(\tB\x03\x80\x01\x01H\x00\x12\x35\n\ttool_call\x18\x03 \x01(\x0b\x32 .maas.inference.v1.ToolCallDeltaH\x00\x42\x06\n\x04kind\"H\n\tRowScores\x12\x0b\n\x03row\x18\x01 \x01(\r\x12.\n\x06scores\x18\x02 \x01(\x0b\x32\x1e.maas.inference.v1.TokenScores\"Q\n\x10LanePromptScores\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12/\n\x06scores\x18\x02 \x01(\x0b\x32\x1f.maas.inference.v1.PromptScores\".\n\x08\x41\x63\x63\x65pted\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x14\n\x0cinput_tokens\x18\x02 \x01(\r\"j\n\x05\x45nded\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12)\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x1c.maas.inference.v1.OutputEnd\x12(\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x17.maas.engine.v1.Failure\"\xd8\x01\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x37\n\x08metadata\x18\x04 \x03(\x0b\x32%.maas.engine.v1.Failure.MetadataEntry\x12\x34\n\nviolations\x18\x05 \x03(\x0b\x32 .maas.engine.v1.FailureViolation\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"D\n\x10\x46\x61ilureViolation\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x0c\n\x04rule\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\"\xeb\x01\n\nEngineInfo\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x02 \x01(\t\x12\x16\n\x0emodel_versions\x18\x03 \x03(\t\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\x12\x13\n\x0bmax_running\x18\x05 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x06 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x07 \x01(\r\x12\x0e\n\x06\x64igest\x18\x08 \x01(\t\x12\x32\n\x0c\x63\x61pabilities\x18\t \x01(\x0b\x32\x1c.maas.common.v1.Capabilities\"\xfd\x01\n\nLoadReport\x12\x14\n\x07running\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07waiting\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x1b\n\x0ewaiting_tokens\x18\x03 \x01(\x04H\x02\x88\x01\x01\x12\x1b\n\x0ekv_used_tokens\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x1c\n\x0fkv_total_tokens\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x19\n\x11resident_adapters\x18\x06 \x03(\tB\n\n\x08_runningB\n\n\x08_waitingB\x11\n\x0f_waiting_tokensB\x11\n\x0f_kv_used_tokensB\x12\n\x10_kv_total_tokensb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,12 +42,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXECUTION'].fields_by_name['execution_id']._serialized_options = b'\222\347\030\005\010\001 \200\001'
   _globals['_EXECUTION'].fields_by_name['model_version']._loaded_options = None
   _globals['_EXECUTION'].fields_by_name['model_version']._serialized_options = b'\222\347\030\005\010\001 \240\001'
+  _globals['_EXECUTION'].fields_by_name['chat']._loaded_options = None
+  _globals['_EXECUTION'].fields_by_name['chat']._serialized_options = b'\222\347\030\006B\004chat'
   _globals['_EXECUTION'].fields_by_name['text']._loaded_options = None
   _globals['_EXECUTION'].fields_by_name['text']._serialized_options = b'\200\001\001'
   _globals['_EXECUTION'].fields_by_name['continue_token_ids']._loaded_options = None
   _globals['_EXECUTION'].fields_by_name['continue_token_ids']._serialized_options = b'\200\001\001'
   _globals['_EXECUTION'].fields_by_name['more_lanes']._loaded_options = None
   _globals['_EXECUTION'].fields_by_name['more_lanes']._serialized_options = b'\222\347\030\002(\017'
+  _globals['_EXECUTION'].fields_by_name['tools']._loaded_options = None
+  _globals['_EXECUTION'].fields_by_name['tools']._serialized_options = b'\222\347\030\014B\ntool_calls'
+  _globals['_EXECUTION'].fields_by_name['reasoning']._loaded_options = None
+  _globals['_EXECUTION'].fields_by_name['reasoning']._serialized_options = b'\222\347\030\013B\treasoning'
+  _globals['_EXECUTION'].fields_by_name['adapter']._loaded_options = None
+  _globals['_EXECUTION'].fields_by_name['adapter']._serialized_options = b'\222\347\030\nB\010adapters'
   _globals['_EXECUTION'].fields_by_name['cache_salt']._loaded_options = None
   _globals['_EXECUTION'].fields_by_name['cache_salt']._serialized_options = b'\222\347\030\002  '
   _globals['_ADAPTERREF'].fields_by_name['name']._loaded_options = None
@@ -73,35 +81,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FAILURE_METADATAENTRY']._loaded_options = None
   _globals['_FAILURE_METADATAENTRY']._serialized_options = b'8\001'
   _globals['_EXECUTION']._serialized_start=280
-  _globals['_EXECUTION']._serialized_end=1221
-  _globals['_ADAPTERREF']._serialized_start=1223
-  _globals['_ADAPTERREF']._serialized_end=1330
-  _globals['_CHARGELIMIT']._serialized_start=1332
-  _globals['_CHARGELIMIT']._serialized_end=1448
-  _globals['_STEPEVENTS']._serialized_start=1451
-  _globals['_STEPEVENTS']._serialized_end=1819
-  _globals['_PREFILLED']._serialized_start=1821
-  _globals['_PREFILLED']._serialized_end=1869
-  _globals['_ROWSEGMENTS']._serialized_start=1871
-  _globals['_ROWSEGMENTS']._serialized_end=1966
-  _globals['_SEGMENT']._serialized_start=1968
-  _globals['_SEGMENT']._serialized_end=2087
-  _globals['_ROWSCORES']._serialized_start=2089
-  _globals['_ROWSCORES']._serialized_end=2161
-  _globals['_LANEPROMPTSCORES']._serialized_start=2163
-  _globals['_LANEPROMPTSCORES']._serialized_end=2244
-  _globals['_ACCEPTED']._serialized_start=2246
-  _globals['_ACCEPTED']._serialized_end=2292
-  _globals['_ENDED']._serialized_start=2294
-  _globals['_ENDED']._serialized_end=2400
-  _globals['_FAILURE']._serialized_start=2403
-  _globals['_FAILURE']._serialized_end=2619
-  _globals['_FAILURE_METADATAENTRY']._serialized_start=2572
-  _globals['_FAILURE_METADATAENTRY']._serialized_end=2619
-  _globals['_FAILUREVIOLATION']._serialized_start=2621
-  _globals['_FAILUREVIOLATION']._serialized_end=2689
-  _globals['_ENGINEINFO']._serialized_start=2692
-  _globals['_ENGINEINFO']._serialized_end=2927
-  _globals['_LOADREPORT']._serialized_start=2930
-  _globals['_LOADREPORT']._serialized_end=3183
+  _globals['_EXECUTION']._serialized_end=1284
+  _globals['_ADAPTERREF']._serialized_start=1286
+  _globals['_ADAPTERREF']._serialized_end=1393
+  _globals['_CHARGELIMIT']._serialized_start=1395
+  _globals['_CHARGELIMIT']._serialized_end=1511
+  _globals['_STEPEVENTS']._serialized_start=1514
+  _globals['_STEPEVENTS']._serialized_end=1882
+  _globals['_PREFILLED']._serialized_start=1884
+  _globals['_PREFILLED']._serialized_end=1932
+  _globals['_ROWSEGMENTS']._serialized_start=1934
+  _globals['_ROWSEGMENTS']._serialized_end=2029
+  _globals['_SEGMENT']._serialized_start=2031
+  _globals['_SEGMENT']._serialized_end=2150
+  _globals['_ROWSCORES']._serialized_start=2152
+  _globals['_ROWSCORES']._serialized_end=2224
+  _globals['_LANEPROMPTSCORES']._serialized_start=2226
+  _globals['_LANEPROMPTSCORES']._serialized_end=2307
+  _globals['_ACCEPTED']._serialized_start=2309
+  _globals['_ACCEPTED']._serialized_end=2355
+  _globals['_ENDED']._serialized_start=2357
+  _globals['_ENDED']._serialized_end=2463
+  _globals['_FAILURE']._serialized_start=2466
+  _globals['_FAILURE']._serialized_end=2682
+  _globals['_FAILURE_METADATAENTRY']._serialized_start=2635
+  _globals['_FAILURE_METADATAENTRY']._serialized_end=2682
+  _globals['_FAILUREVIOLATION']._serialized_start=2684
+  _globals['_FAILUREVIOLATION']._serialized_end=2752
+  _globals['_ENGINEINFO']._serialized_start=2755
+  _globals['_ENGINEINFO']._serialized_end=2990
+  _globals['_LOADREPORT']._serialized_start=2993
+  _globals['_LOADREPORT']._serialized_end=3246
 # @@protoc_insertion_point(module_scope)
