@@ -84,6 +84,15 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
         return model_pb.GetModelVersionResponse(model_version=convert.version_to_pb(version))
 
     @override
+    async def LookUpModelVersion(
+        self, request: model_pb.LookUpModelVersionRequest, _: Context
+    ) -> model_pb.LookUpModelVersionResponse:
+        """Reads a version, for services."""
+        model_id, version_id = ids.parse_name(request.name, convert.VERSION_NAME, field="name")
+        version = await self._store.get_version(model_id, version_id)
+        return model_pb.LookUpModelVersionResponse(model_version=convert.version_to_pb(version))
+
+    @override
     async def ListModelVersions(
         self, request: model_pb.ListModelVersionsRequest, _: Context
     ) -> model_pb.ListModelVersionsResponse:

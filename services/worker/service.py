@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from maas.engine.v1 import engine_pb2, engine_service_pb2_grpc
 from maas.engine.v1 import engine_service_pb2 as engine_service_pb
 from typing_extensions import override
 
-from libs.errors import MaasError
+from libs.errors import MaasError, NotImplementedHere
 from services.worker.admission import Admission
 from services.worker.convert import load_to_pb
 from services.worker.embedding import Embedder
@@ -128,6 +128,14 @@ class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
     ) -> engine_service_pb.GetEngineInfoResponse:
         """Describes the worker."""
         return engine_service_pb.GetEngineInfoResponse(info=self._info)
+
+    @override
+    async def WatchKvEvents(
+        self, _: engine_service_pb.WatchKvEventsRequest, __: Context
+    ) -> AsyncIterator[engine_service_pb.WatchKvEventsResponse]:
+        """Streams what the prefix cache holds, and its changes."""
+        raise NotImplementedHere("the engine does not tell what its prefix cache holds")
+        yield  # type: ignore[unreachable]  # makes it an async generator
 
     @override
     async def GetLoad(

@@ -21,7 +21,7 @@ What an engine cannot do its abilities say; the worker refuses it before it subm
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -94,12 +94,13 @@ class Constraint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """A LoRA adapter whose file has been found and has the digest that the catalog says.
+    """A LoRA adapter whose files have been found and have the digest that the catalog says.
 
     Attributes:
         name: "adapters/{adapter}".
-        path: of the file; None for an engine that reads none.
-        digest: "sha256:<hex>" of the file. Adapters with equal digests are the same.
+        path: of the file, or of the directory for an engine that takes those; None for an engine
+            that reads none.
+        digest: "sha256:<hex>" of the file or directory. Adapters with equal digests are the same.
     """
 
     name: str
@@ -116,6 +117,8 @@ class EngineRequest:
         continue_ids: output already released elsewhere; counts as output positions 0..n-1.
         max_output_tokens: most output tokens, continue_ids counted in.
         stop_token_ids: the output ends before any of these.
+        stop_texts: texts at which the worker ends the output. An engine that sees the tokens of one
+            may end by itself, with END_OF_SEQUENCE and after all of its tokens; it need not.
         ignore_eos: do not end at the model's own end of sequence.
         sampling: how tokens are drawn.
         min_output_tokens: the model's own end of sequence is not drawn before there are so many
@@ -137,6 +140,7 @@ class EngineRequest:
     continue_ids: tuple[int, ...] = ()
     max_output_tokens: int
     stop_token_ids: frozenset[int] = frozenset()
+    stop_texts: tuple[str, ...] = ()
     ignore_eos: bool = False
     sampling: Sampling
     min_output_tokens: int = 0
@@ -230,6 +234,50 @@ class PromptScores:
     scores: TokenScores
 
 
+class KvTier(enum.Enum):
+    """Where a block of the KV cache lies."""
+
+    DEVICE = "device"
+    HOST = "host"
+
+
+@dataclass(frozen=True, slots=True)
+class KvStored:
+    """Blocks of the prefix cache that can be shared from here on, or have moved to another tier.
+
+    A block's hash says all that stands before it, too: `kv_hashes.chain` computes it from token
+    ids, the same on every engine.
+
+    Attributes:
+        hashes: 64 bits each. Block i follows block i - 1; the first follows `parent`.
+        parent: hash of the block before the first; None where that is the beginning of a prompt.
+        tier: where they lie.
+    """
+
+    hashes: tuple[int, ...]
+    parent: int | None
+    tier: KvTier = KvTier.DEVICE
+
+
+@dataclass(frozen=True, slots=True)
+class KvRemoved:
+    """Blocks that are in no tier any more. Unknown ones mean nothing.
+
+    Attributes:
+        hashes: of them.
+    """
+
+    hashes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KvCleared:
+    """Nothing is known to be cached: all went away, or events were lost."""
+
+
+KvEvent = KvStored | KvRemoved | KvCleared
+
+
 @dataclass(slots=True)
 class StepBatch:
     """All that happened since the batch before, in order: prefilled, prompt_scores, tokens, ended.
@@ -241,6 +289,7 @@ class StepBatch:
         prefilled: executions whose first row comes in this batch or later.
         scores: same rows as lanes; None when no lane asked.
         prompt_scores: of executions whose first row comes in this batch or later.
+        kv_events: changes of the prefix cache, in order; they may come later than the rows.
     """
 
     lanes: list[Lane] = field(default_factory=list)
@@ -249,6 +298,7 @@ class StepBatch:
     prefilled: list[Prefilled] = field(default_factory=list)
     scores: TokenScores | None = None
     prompt_scores: list[PromptScores] = field(default_factory=list)
+    kv_events: list[KvEvent] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,6 +318,8 @@ class EngineAbilities:
         adapters: LoRA.
         embedding_dimensions: numbers of an embedding; 0 when it makes none.
         prompt_cache: it has a prefix cache, split by salt.
+        kv_block_tokens: tokens in a block of the cache whose changes it tells; 0 when it tells
+            none.
     """
 
     constraints: frozenset[ConstraintKind] = frozenset()
@@ -282,6 +334,7 @@ class EngineAbilities:
     adapters: bool = False
     embedding_dimensions: int = 0
     prompt_cache: bool = False
+    kv_block_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -294,7 +347,7 @@ class EngineInfo:
         context_length: prompt and output together, tokens.
         max_running: executions in the batch at the same time.
         vocabulary_size: token ids are 0 <= id < vocabulary_size.
-        digest: "sha256:<hex>" of the weights file; empty when there is none.
+        digest: "sha256:<hex>" of the weights, a file or a directory; empty when there are none.
         is_deterministic: same seed, prompt and position give the same token on any worker.
         abilities: what it can do.
     """
@@ -320,6 +373,8 @@ class EngineLoad:
         kv_used_tokens: tokens in the KV cache.
         kv_total_tokens: tokens that fit.
         resident_adapters: names of loaded adapters.
+        steps: that the engine has done since it started. It grows while the engine works on
+            anything at all, tokens or not: a sign of life. None when it is not counted.
     """
 
     running: int | None
@@ -328,6 +383,33 @@ class EngineLoad:
     kv_used_tokens: int | None
     kv_total_tokens: int | None
     resident_adapters: tuple[str, ...] = ()
+    steps: int | None = None
+
+
+class LoadStage(enum.Enum):
+    """What a starting engine is at, in this order; stages may be left out."""
+
+    CHECKING = "checking"
+    LOADING = "loading"
+    WARMING = "warming"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """How far a starting engine is.
+
+    Attributes:
+        stage: CHECKING reads the files of the model, LOADING has the engine load them, WARMING
+            draws a first token.
+        fraction: of this stage that is done, 0..1; None when that is not known.
+    """
+
+    stage: LoadStage
+    fraction: float | None = None
+
+
+Tell = Callable[[LoadProgress], None]
+"""Is told how far a starting engine is, on the event loop."""
 
 
 class EngineDied(Exception):
@@ -349,8 +431,11 @@ class EmbeddingFailed(Exception):
 class Engine(Protocol):
     """An inference engine under one asyncio loop. All methods belong to that loop."""
 
-    async def start(self) -> EngineInfo:
+    async def start(self, tell: Tell | None = None) -> EngineInfo:
         """Loads the model, off the event loop.
+
+        Args:
+            tell: hears how far it is.
 
         Raises:
             EngineStartError: with what to do about it.

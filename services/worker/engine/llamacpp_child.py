@@ -27,14 +27,24 @@ from typing import Final
 
 import numpy as np
 
-from services.worker.engine.base import Adapter, AdapterUnusable, EngineStartError
+from services.worker.engine.base import (
+    Adapter,
+    AdapterUnusable,
+    ConstraintKind,
+    EngineAbilities,
+    EngineInfo,
+    EngineStartError,
+    LoadProgress,
+    LoadStage,
+)
 from services.worker.engine.llamacpp_adapters import AdapterShelf
 from services.worker.engine.llamacpp_api import PACKAGE, open_library
 from services.worker.engine.llamacpp_api import VERSION as LIBRARY_VERSION
 from services.worker.engine.llamacpp_embedding import SLOTS_MAX, EmbeddingQueue, LlamaStates
 from services.worker.engine.llamacpp_inflight import InflightBatch
 from services.worker.engine.llamacpp_model import LlamaModel, ModelSettings
-from services.worker.engine.llamacpp_wire import (
+from services.worker.engine.matcher import MatcherFactory
+from services.worker.engine.wire import (
     VERSION,
     FrameReader,
     Kind,
@@ -49,11 +59,13 @@ from services.worker.engine.llamacpp_wire import (
     unpack_embed,
     unpack_submit,
 )
-from services.worker.engine.matcher import MatcherFactory
+from services.worker.engine.wire_facts import pack_progress, pack_ready
 
 _RECEIVE_SIZE: Final = 1 << 18
 _STDERR: Final = 2
 _PR_SET_PDEATHSIG: Final = 1
+TOP_LOGPROBS_MAX: Final = 20
+"""Most alternatives with a log-probability; each is found in every row of the vocabulary."""
 
 
 class ParentGoneError(Exception):
@@ -117,17 +129,18 @@ def main() -> int:
     connection.set_inheritable(False)
     link = Link(connection)
     try:
-        settings = unpack_control(link.receive_one())
-        _die_with_parent(int(settings["parent_process_id"] or 0))
+        told = unpack_control(link.receive_one())
+        _die_with_parent(int(told["parent_process_id"] or 0))
         try:
+            settings = _settings(told)
+            link.send(pack_progress(LoadProgress(LoadStage.LOADING)))
             model, digest = _load(settings)
         except EngineStartError as error:
             link.send(pack_control(Kind.REFUSED, {"message": str(error)}))
             return 1
         grammars = _read_vocabulary(model)
-        facts = _describe(model, digest)
-        facts["constrains"] = grammars is not None
-        link.send(pack_control(Kind.READY, facts))
+        info = _describe(model, digest, settings, constrains=grammars is not None)
+        link.send(pack_ready(info, settings.capacity * model.context_length))
         Server(link, model, grammars, settings).serve()
     except ParentGoneError:
         return 0
@@ -159,7 +172,7 @@ class Server:
         link: to the parent.
         model: that is loaded.
         grammars: compiles constraints, always on the same thread; None when there are none.
-        settings: of START.
+        settings: of the model.
     """
 
     def __init__(
@@ -167,11 +180,10 @@ class Server:
         link: Link,
         model: LlamaModel,
         grammars: MatcherFactory | None,
-        settings: dict[str, Value],
+        settings: ModelSettings,
     ) -> None:
         self._link = link
-        capacity = int(settings["capacity"] or 0)
-        rows = int(settings["prefill_tokens"] or 0)
+        capacity, rows = settings.capacity, settings.prefill_tokens
         self._shelf = AdapterShelf(model)
         self._residents: tuple[str, ...] = ()
         self._batch = InflightBatch(
@@ -207,6 +219,8 @@ class Server:
             if not embeddings.is_idle:
                 for job, outcome in embeddings.step():
                     link.send(pack_embedded(job, outcome))
+                # A sign of life: long inputs take many steps.
+                link.send(pack_step(*batch.take_report()))
             self._tell_residents()
 
     def _take(self, kind: Kind, body: bytes) -> None:
@@ -245,12 +259,11 @@ class Server:
             self._link.send(pack_residents(names))
 
 
-def _load(settings: dict[str, Value]) -> tuple[LlamaModel, str]:
-    """Loads the model on this thread and its digest on another."""
+def _settings(settings: dict[str, Value]) -> ModelSettings:
     if settings["wire"] != VERSION:
         raise EngineStartError("the engine's files changed since this worker started: restart it")
     context_length = settings["context_length"]
-    model_settings = ModelSettings(
+    return ModelSettings(
         path=Path(str(settings["path"])),
         capacity=int(settings["capacity"] or 0),
         context_length=None if context_length is None else int(context_length),
@@ -259,10 +272,14 @@ def _load(settings: dict[str, Value]) -> tuple[LlamaModel, str]:
         kv_dtype_v=str(settings["kv_dtype_v"]),
         prefill_tokens=int(settings["prefill_tokens"] or 0),
     )
+
+
+def _load(settings: ModelSettings) -> tuple[LlamaModel, str]:
+    """Loads the model on this thread and its digest on another."""
     open_library().hook_abort(_write_last_words)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        digest = pool.submit(_digest, model_settings.path)
-        model = LlamaModel(model_settings)
+        digest = pool.submit(_digest, settings.path)
+        model = LlamaModel(settings)
         return model, digest.result()
 
 
@@ -274,16 +291,32 @@ def _digest(path: Path) -> str:
         raise EngineStartError(f"the model file cannot be read: {error}") from error
 
 
-def _describe(model: LlamaModel, digest: str) -> dict[str, Value]:
-    return {
-        "version": f"{PACKAGE} {LIBRARY_VERSION}",
-        "context_length": model.context_length,
-        "vocabulary_size": model.vocabulary_size,
-        "digest": digest,
-        "is_deterministic": model.is_deterministic,
-        "embedding_dimensions": model.embedding_dimensions,
-        "keeps_prefixes": model.keeps_prefixes,
-    }
+def _describe(
+    model: LlamaModel, digest: str, settings: ModelSettings, *, constrains: bool
+) -> EngineInfo:
+    return EngineInfo(
+        engine="llamacpp",
+        version=f"{PACKAGE} {LIBRARY_VERSION}",
+        context_length=model.context_length,
+        max_running=settings.capacity,
+        vocabulary_size=model.vocabulary_size,
+        digest=digest,
+        is_deterministic=model.is_deterministic,
+        abilities=EngineAbilities(
+            constraints=frozenset(ConstraintKind if constrains else ()),
+            min_p=True,
+            penalties=True,
+            repetition_penalty=True,
+            logit_bias=True,
+            min_output_tokens=True,
+            ignore_eos=True,
+            max_top_logprobs=TOP_LOGPROBS_MAX,
+            prompt_logprobs=True,
+            adapters=True,
+            embedding_dimensions=model.embedding_dimensions,
+            prompt_cache=model.keeps_prefixes,
+        ),
+    )
 
 
 def _die_with_parent(parent_process_id: int) -> None:

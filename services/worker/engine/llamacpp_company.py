@@ -15,8 +15,9 @@ import numpy.typing as npt
 from services.worker.engine.base import EndReason, EngineRequest, Lane
 from services.worker.engine.llamacpp_logits import LogitRules
 from services.worker.engine.llamacpp_sampling import NO_ID, Sampler
-from services.worker.engine.llamacpp_scores import RawRows, ScoreBlock
+from services.worker.engine.llamacpp_scores import RawRows
 from services.worker.engine.matcher import MatcherError
+from services.worker.engine.score_blocks import ScoreBlock
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]

@@ -43,7 +43,7 @@ from services.worker.engine.llamacpp_logits import LogitRules, MatcherError, cha
 from services.worker.engine.llamacpp_prefill import Chunk, plan_prefill, score_prompts
 from services.worker.engine.llamacpp_queue import Compile, Waiting, WaitingQueue
 from services.worker.engine.llamacpp_slots import Slot, SlotPool
-from services.worker.engine.llamacpp_wire import Counters, Report
+from services.worker.engine.wire import Counters, Report
 
 _FAILED_STEPS_MAX: Final = 3
 """Steps in a row without one lane that could be computed, after which the engine gives up."""

@@ -11,8 +11,9 @@ import numpy.typing as npt
 from services.worker.engine.base import Lane
 from services.worker.engine.llamacpp_company import Occupant
 from services.worker.engine.llamacpp_decoder import SCORED_ROWS_MAX, Floats
-from services.worker.engine.llamacpp_scores import RawRows, ScoreBlock, first_of_prompt
+from services.worker.engine.llamacpp_scores import RawRows, first_of_prompt
 from services.worker.engine.llamacpp_slots import Slot
+from services.worker.engine.score_blocks import ScoreBlock
 
 
 @dataclass(frozen=True, slots=True)

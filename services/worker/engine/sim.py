@@ -42,6 +42,7 @@ from services.worker.engine.base import (
     Lane,
     Prefilled,
     StepBatch,
+    Tell,
 )
 from services.worker.engine.matcher import MatcherError
 from services.worker.engine.sim_adapters import SimAdapters, check
@@ -125,7 +126,7 @@ class SimEngine:
         self._waiter: asyncio.Future[None] | None = None
         self._is_stopped = False
 
-    async def start(self) -> EngineInfo:
+    async def start(self, tell: Tell | None = None) -> EngineInfo:  # noqa: ARG002 - of the protocol
         """Describes itself; there is nothing to load.
 
         Raises:
@@ -208,6 +209,7 @@ class SimEngine:
             kv_used_tokens=sum(run.kv_used(self._step) for run in self._running.values()),
             kv_total_tokens=self._kv_tokens,
             resident_adapters=self._adapters.names,
+            steps=self._step,
         )
 
     async def load_adapter(self, adapter: Adapter) -> None:

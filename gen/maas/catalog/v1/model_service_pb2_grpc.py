@@ -60,6 +60,11 @@ class ModelServiceStub(object):
                 request_serializer=maas_dot_catalog_dot_v1_dot_model__service__pb2.GetModelVersionRequest.SerializeToString,
                 response_deserializer=maas_dot_catalog_dot_v1_dot_model__service__pb2.GetModelVersionResponse.FromString,
                 _registered_method=True)
+        self.LookUpModelVersion = channel.unary_unary(
+                '/maas.catalog.v1.ModelService/LookUpModelVersion',
+                request_serializer=maas_dot_catalog_dot_v1_dot_model__service__pb2.LookUpModelVersionRequest.SerializeToString,
+                response_deserializer=maas_dot_catalog_dot_v1_dot_model__service__pb2.LookUpModelVersionResponse.FromString,
+                _registered_method=True)
         self.ListModelVersions = channel.unary_unary(
                 '/maas.catalog.v1.ModelService/ListModelVersions',
                 request_serializer=maas_dot_catalog_dot_v1_dot_model__service__pb2.ListModelVersionsRequest.SerializeToString,
@@ -108,6 +113,14 @@ class ModelServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LookUpModelVersion(self, request, context):
+        """Reads a version, for services: a worker compares its digest with the files
+        that it is about to load.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModelVersions(self, request, context):
         """Lists the versions of a model by name.
         """
@@ -142,6 +155,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.GetModelVersion,
                     request_deserializer=maas_dot_catalog_dot_v1_dot_model__service__pb2.GetModelVersionRequest.FromString,
                     response_serializer=maas_dot_catalog_dot_v1_dot_model__service__pb2.GetModelVersionResponse.SerializeToString,
+            ),
+            'LookUpModelVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.LookUpModelVersion,
+                    request_deserializer=maas_dot_catalog_dot_v1_dot_model__service__pb2.LookUpModelVersionRequest.FromString,
+                    response_serializer=maas_dot_catalog_dot_v1_dot_model__service__pb2.LookUpModelVersionResponse.SerializeToString,
             ),
             'ListModelVersions': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModelVersions,
@@ -285,6 +303,33 @@ class ModelService(object):
             '/maas.catalog.v1.ModelService/GetModelVersion',
             maas_dot_catalog_dot_v1_dot_model__service__pb2.GetModelVersionRequest.SerializeToString,
             maas_dot_catalog_dot_v1_dot_model__service__pb2.GetModelVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LookUpModelVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/maas.catalog.v1.ModelService/LookUpModelVersion',
+            maas_dot_catalog_dot_v1_dot_model__service__pb2.LookUpModelVersionRequest.SerializeToString,
+            maas_dot_catalog_dot_v1_dot_model__service__pb2.LookUpModelVersionResponse.FromString,
             options,
             channel_credentials,
             insecure,

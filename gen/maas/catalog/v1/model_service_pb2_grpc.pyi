@@ -47,6 +47,10 @@ class ModelServiceStub:
     """
     GetModelVersion: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.GetModelVersionRequest, _model_service_pb2.GetModelVersionResponse]
     """Reads a version."""
+    LookUpModelVersion: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.LookUpModelVersionRequest, _model_service_pb2.LookUpModelVersionResponse]
+    """Reads a version, for services: a worker compares its digest with the files
+    that it is about to load.
+    """
     ListModelVersions: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListModelVersionsRequest, _model_service_pb2.ListModelVersionsResponse]
     """Lists the versions of a model by name."""
 
@@ -69,6 +73,10 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """
     GetModelVersion: _aio.UnaryUnaryMultiCallable[_model_service_pb2.GetModelVersionRequest, _model_service_pb2.GetModelVersionResponse]  # type: ignore[assignment]
     """Reads a version."""
+    LookUpModelVersion: _aio.UnaryUnaryMultiCallable[_model_service_pb2.LookUpModelVersionRequest, _model_service_pb2.LookUpModelVersionResponse]  # type: ignore[assignment]
+    """Reads a version, for services: a worker compares its digest with the files
+    that it is about to load.
+    """
     ListModelVersions: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListModelVersionsRequest, _model_service_pb2.ListModelVersionsResponse]  # type: ignore[assignment]
     """Lists the versions of a model by name."""
 
@@ -118,6 +126,16 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.GetModelVersionResponse, _abc.Awaitable[_model_service_pb2.GetModelVersionResponse]]:
         """Reads a version."""
+
+    @_abc_1.abstractmethod
+    def LookUpModelVersion(
+        self,
+        request: _model_service_pb2.LookUpModelVersionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_service_pb2.LookUpModelVersionResponse, _abc.Awaitable[_model_service_pb2.LookUpModelVersionResponse]]:
+        """Reads a version, for services: a worker compares its digest with the files
+        that it is about to load.
+        """
 
     @_abc_1.abstractmethod
     def ListModelVersions(

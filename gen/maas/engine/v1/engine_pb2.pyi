@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from maas.common.v1 import capabilities_pb2 as _capabilities_pb2
 from maas.inference.v1 import constraint_pb2 as _constraint_pb2
 from maas.inference.v1 import generation_pb2 as _generation_pb2
@@ -23,6 +24,60 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _LoadStage:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LoadStageEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LoadStage.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LOAD_STAGE_UNSPECIFIED: _LoadStage.ValueType  # 0
+    """Never used."""
+    LOAD_STAGE_CHECKING: _LoadStage.ValueType  # 1
+    """It reads the files of the model and compares their digest."""
+    LOAD_STAGE_LOADING: _LoadStage.ValueType  # 2
+    """The engine loads them."""
+    LOAD_STAGE_WARMING: _LoadStage.ValueType  # 3
+    """The engine draws its first token."""
+
+class LoadStage(_LoadStage, metaclass=_LoadStageEnumTypeWrapper):
+    """What a worker does before it takes work, in this order. Stages may be left
+    out.
+    """
+
+LOAD_STAGE_UNSPECIFIED: LoadStage.ValueType  # 0
+"""Never used."""
+LOAD_STAGE_CHECKING: LoadStage.ValueType  # 1
+"""It reads the files of the model and compares their digest."""
+LOAD_STAGE_LOADING: LoadStage.ValueType  # 2
+"""The engine loads them."""
+LOAD_STAGE_WARMING: LoadStage.ValueType  # 3
+"""The engine draws its first token."""
+Global___LoadStage: _TypeAlias = LoadStage  # noqa: Y015
+
+class _KvTier:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _KvTierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KvTier.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    KV_TIER_UNSPECIFIED: _KvTier.ValueType  # 0
+    """Never used."""
+    KV_TIER_DEVICE: _KvTier.ValueType  # 1
+    """In the memory of the device that computes."""
+    KV_TIER_HOST: _KvTier.ValueType  # 2
+    """In the memory of its host."""
+
+class KvTier(_KvTier, metaclass=_KvTierEnumTypeWrapper):
+    """Where a block of the KV cache lies."""
+
+KV_TIER_UNSPECIFIED: KvTier.ValueType  # 0
+"""Never used."""
+KV_TIER_DEVICE: KvTier.ValueType  # 1
+"""In the memory of the device that computes."""
+KV_TIER_HOST: KvTier.ValueType  # 2
+"""In the memory of its host."""
+Global___KvTier: _TypeAlias = KvTier  # noqa: Y015
 
 @_typing.final
 class Execution(_message.Message):
@@ -651,6 +706,7 @@ class EngineInfo(_message.Message):
     VOCABULARY_SIZE_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     CAPABILITIES_FIELD_NUMBER: _builtins.int
+    KV_BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
     engine: _builtins.str
     """"sim", "llamacpp", ..."""
     engine_version: _builtins.str
@@ -664,7 +720,13 @@ class EngineInfo(_message.Message):
     vocabulary_size: _builtins.int
     """Tokens in the vocabulary."""
     digest: _builtins.str
-    """"sha256:..." of the weights file; empty when there is none."""
+    """"sha256:..." of the weights, a file or a directory; empty when there are
+    none.
+    """
+    kv_block_tokens: _builtins.int
+    """Tokens in a block of the prefix cache whose changes WatchKvEvents tells; 0
+    when it tells none.
+    """
     @_builtins.property
     def model_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """"models/{model}/versions/{version}" that the worker serves."""
@@ -685,14 +747,188 @@ class EngineInfo(_message.Message):
         vocabulary_size: _builtins.int = ...,
         digest: _builtins.str = ...,
         capabilities: _capabilities_pb2.Capabilities | None = ...,
+        kv_block_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "context_length", b"context_length", "digest", b"digest", "engine", b"engine", "engine_version", b"engine_version", "max_running", b"max_running", "max_waiting", b"max_waiting", "model_versions", b"model_versions", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "context_length", b"context_length", "digest", b"digest", "engine", b"engine", "engine_version", b"engine_version", "kv_block_tokens", b"kv_block_tokens", "max_running", b"max_running", "max_waiting", b"max_waiting", "model_versions", b"model_versions", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EngineInfo: _TypeAlias = EngineInfo  # noqa: Y015
+
+@_typing.final
+class LoadProgress(_message.Message):
+    """How far a worker is that loads its model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STAGE_FIELD_NUMBER: _builtins.int
+    FRACTION_FIELD_NUMBER: _builtins.int
+    stage: Global___LoadStage.ValueType
+    """What it is at."""
+    fraction: _builtins.float
+    """Share of this stage that is done, 0 to 1. Absent when that is not known."""
+    def __init__(
+        self,
+        *,
+        stage: Global___LoadStage.ValueType = ...,
+        fraction: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_fraction", b"_fraction", "fraction", b"fraction"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fraction", b"_fraction", "fraction", b"fraction", "stage", b"stage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__fraction: _TypeAlias = _typing.Literal["fraction"]  # noqa: Y015
+    _WhichOneofArgType__fraction: _TypeAlias = _typing.Literal["_fraction", b"_fraction"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__fraction) -> _WhichOneofReturnType__fraction | None: ...
+
+Global___LoadProgress: _TypeAlias = LoadProgress  # noqa: Y015
+
+@_typing.final
+class KvEventBatch(_message.Message):
+    """Changes of a worker's prefix cache."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """Grows by one with each batch that a watcher gets."""
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvEvent]:
+        """In order."""
+
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        events: _abc.Iterable[Global___KvEvent] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvEventBatch: _TypeAlias = KvEventBatch  # noqa: Y015
+
+@_typing.final
+class KvEvent(_message.Message):
+    """One change of a prefix cache."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STORED_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    CLEARED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def stored(self) -> Global___KvStored:
+        """Blocks can be shared from here on, or have moved to another tier."""
+
+    @_builtins.property
+    def removed(self) -> Global___KvRemoved:
+        """Blocks are gone."""
+
+    @_builtins.property
+    def cleared(self) -> Global___KvCleared:
+        """All is gone, or some events were lost. After it comes what is there now."""
+
+    def __init__(
+        self,
+        *,
+        stored: Global___KvStored | None = ...,
+        removed: Global___KvRemoved | None = ...,
+        cleared: Global___KvCleared | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cleared", b"cleared", "event", b"event", "removed", b"removed", "stored", b"stored"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cleared", b"cleared", "event", b"event", "removed", b"removed", "stored", b"stored"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["stored", "removed", "cleared"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___KvEvent: _TypeAlias = KvEvent  # noqa: Y015
+
+@_typing.final
+class KvStored(_message.Message):
+    """Blocks that can be shared."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_HASHES_FIELD_NUMBER: _builtins.int
+    PARENT_HASH_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    parent_hash: _builtins.int
+    """Block before the first; absent at the beginning of a prompt."""
+    tier: Global___KvTier.ValueType
+    """Where they lie."""
+    @_builtins.property
+    def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Block i follows block i - 1; the first follows parent. A hash is the first 8
+        bytes, little-endian, of BLAKE2b with digest size 8 over the hash of the
+        block before (8 bytes, little-endian; zeros at the beginning of a prompt) and
+        the token ids (int32, little-endian). Salts and adapters are not part of it.
+        """
+
+    def __init__(
+        self,
+        *,
+        block_hashes: _abc.Iterable[_builtins.int] | None = ...,
+        parent_hash: _builtins.int | None = ...,
+        tier: Global___KvTier.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_parent_hash", b"_parent_hash", "parent_hash", b"parent_hash"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_parent_hash", b"_parent_hash", "block_hashes", b"block_hashes", "parent_hash", b"parent_hash", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__parent_hash: _TypeAlias = _typing.Literal["parent_hash"]  # noqa: Y015
+    _WhichOneofArgType__parent_hash: _TypeAlias = _typing.Literal["_parent_hash", b"_parent_hash"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__parent_hash) -> _WhichOneofReturnType__parent_hash | None: ...
+
+Global___KvStored: _TypeAlias = KvStored  # noqa: Y015
+
+@_typing.final
+class KvRemoved(_message.Message):
+    """Blocks that are in no tier any more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_HASHES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Unknown ones mean nothing."""
+
+    def __init__(
+        self,
+        *,
+        block_hashes: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvRemoved: _TypeAlias = KvRemoved  # noqa: Y015
+
+@_typing.final
+class KvCleared(_message.Message):
+    """Nothing is known to be cached."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvCleared: _TypeAlias = KvCleared  # noqa: Y015
 
 @_typing.final
 class LoadReport(_message.Message):

@@ -70,6 +70,11 @@ class EngineServiceStub(object):
                 request_serializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.GetEngineInfoRequest.SerializeToString,
                 response_deserializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.GetEngineInfoResponse.FromString,
                 _registered_method=True)
+        self.WatchKvEvents = channel.unary_stream(
+                '/maas.engine.v1.EngineService/WatchKvEvents',
+                request_serializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.WatchKvEventsRequest.SerializeToString,
+                response_deserializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.WatchKvEventsResponse.FromString,
+                _registered_method=True)
         self.GetLoad = channel.unary_unary(
                 '/maas.engine.v1.EngineService/GetLoad',
                 request_serializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.GetLoadRequest.SerializeToString,
@@ -132,6 +137,16 @@ class EngineServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchKvEvents(self, request, context):
+        """Streams what the prefix cache holds, then each change of it. A response
+        without events is a sign of life, sent at least every five seconds. A watcher
+        that reads too slowly gets KvCleared and everything anew. UNIMPLEMENTED where
+        EngineInfo.kv_block_tokens is 0.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetLoad(self, request, context):
         """Measures the load.
         """
@@ -176,6 +191,11 @@ def add_EngineServiceServicer_to_server(servicer, server):
                     servicer.GetEngineInfo,
                     request_deserializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.GetEngineInfoRequest.FromString,
                     response_serializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.GetEngineInfoResponse.SerializeToString,
+            ),
+            'WatchKvEvents': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchKvEvents,
+                    request_deserializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.WatchKvEventsRequest.FromString,
+                    response_serializer=maas_dot_engine_dot_v1_dot_engine__service__pb2.WatchKvEventsResponse.SerializeToString,
             ),
             'GetLoad': grpc.unary_unary_rpc_method_handler(
                     servicer.GetLoad,
@@ -373,6 +393,33 @@ class EngineService(object):
             '/maas.engine.v1.EngineService/GetEngineInfo',
             maas_dot_engine_dot_v1_dot_engine__service__pb2.GetEngineInfoRequest.SerializeToString,
             maas_dot_engine_dot_v1_dot_engine__service__pb2.GetEngineInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchKvEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/maas.engine.v1.EngineService/WatchKvEvents',
+            maas_dot_engine_dot_v1_dot_engine__service__pb2.WatchKvEventsRequest.SerializeToString,
+            maas_dot_engine_dot_v1_dot_engine__service__pb2.WatchKvEventsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,6 +51,12 @@ class EngineServiceStub:
     """Turns token ids into text."""
     GetEngineInfo: _grpc.UnaryUnaryMultiCallable[_engine_service_pb2.GetEngineInfoRequest, _engine_service_pb2.GetEngineInfoResponse]
     """Describes the worker."""
+    WatchKvEvents: _grpc.UnaryStreamMultiCallable[_engine_service_pb2.WatchKvEventsRequest, _engine_service_pb2.WatchKvEventsResponse]
+    """Streams what the prefix cache holds, then each change of it. A response
+    without events is a sign of life, sent at least every five seconds. A watcher
+    that reads too slowly gets KvCleared and everything anew. UNIMPLEMENTED where
+    EngineInfo.kv_block_tokens is 0.
+    """
     GetLoad: _grpc.UnaryUnaryMultiCallable[_engine_service_pb2.GetLoadRequest, _engine_service_pb2.GetLoadResponse]
     """Measures the load."""
 
@@ -77,6 +83,12 @@ class EngineServiceAsyncStub(EngineServiceStub):
     """Turns token ids into text."""
     GetEngineInfo: _aio.UnaryUnaryMultiCallable[_engine_service_pb2.GetEngineInfoRequest, _engine_service_pb2.GetEngineInfoResponse]  # type: ignore[assignment]
     """Describes the worker."""
+    WatchKvEvents: _aio.UnaryStreamMultiCallable[_engine_service_pb2.WatchKvEventsRequest, _engine_service_pb2.WatchKvEventsResponse]  # type: ignore[assignment]
+    """Streams what the prefix cache holds, then each change of it. A response
+    without events is a sign of life, sent at least every five seconds. A watcher
+    that reads too slowly gets KvCleared and everything anew. UNIMPLEMENTED where
+    EngineInfo.kv_block_tokens is 0.
+    """
     GetLoad: _aio.UnaryUnaryMultiCallable[_engine_service_pb2.GetLoadRequest, _engine_service_pb2.GetLoadResponse]  # type: ignore[assignment]
     """Measures the load."""
 
@@ -142,6 +154,18 @@ class EngineServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_engine_service_pb2.GetEngineInfoResponse, _abc.Awaitable[_engine_service_pb2.GetEngineInfoResponse]]:
         """Describes the worker."""
+
+    @_abc_1.abstractmethod
+    def WatchKvEvents(
+        self,
+        request: _engine_service_pb2.WatchKvEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_engine_service_pb2.WatchKvEventsResponse], _abc.AsyncIterator[_engine_service_pb2.WatchKvEventsResponse]]:
+        """Streams what the prefix cache holds, then each change of it. A response
+        without events is a sign of life, sent at least every five seconds. A watcher
+        that reads too slowly gets KvCleared and everything anew. UNIMPLEMENTED where
+        EngineInfo.kv_block_tokens is 0.
+        """
 
     @_abc_1.abstractmethod
     def GetLoad(

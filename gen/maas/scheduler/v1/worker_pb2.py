@@ -26,15 +26,15 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from maas.engine.v1 import engine_pb2 as maas_dot_engine_dot_v1_dot_engine__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emaas/scheduler/v1/worker.proto\x12\x11maas.scheduler.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmaas/engine/v1/engine.proto\"\xd0\x02\n\x06Worker\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12-\n\x05state\x18\x05 \x01(\x0e\x32\x1e.maas.scheduler.v1.WorkerState\x12(\n\x04info\x18\x06 \x01(\x0b\x32\x1a.maas.engine.v1.EngineInfo\x12(\n\x04load\x18\x07 \x01(\x0b\x32\x1a.maas.engine.v1.LoadReport\x12\x14\n\x0cslots_in_use\x18\x08 \x01(\r\x12\x30\n\x0c\x63onnect_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x37\n\x13last_heartbeat_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp*u\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12WORKER_STATE_READY\x10\x01\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x02\x12\x15\n\x11WORKER_STATE_LOST\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emaas/scheduler/v1/worker.proto\x12\x11maas.scheduler.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmaas/engine/v1/engine.proto\"\xff\x02\n\x06Worker\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12-\n\x05state\x18\x05 \x01(\x0e\x32\x1e.maas.scheduler.v1.WorkerState\x12(\n\x04info\x18\x06 \x01(\x0b\x32\x1a.maas.engine.v1.EngineInfo\x12(\n\x04load\x18\x07 \x01(\x0b\x32\x1a.maas.engine.v1.LoadReport\x12\x14\n\x0cslots_in_use\x18\x08 \x01(\r\x12\x30\n\x0c\x63onnect_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x37\n\x13last_heartbeat_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\x07loading\x18\x0b \x01(\x0b\x32\x1c.maas.engine.v1.LoadProgress*\x8f\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12WORKER_STATE_READY\x10\x01\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x02\x12\x15\n\x11WORKER_STATE_LOST\x10\x03\x12\x18\n\x14WORKER_STATE_LOADING\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'maas.scheduler.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERSTATE']._serialized_start=454
-  _globals['_WORKERSTATE']._serialized_end=571
+  _globals['_WORKERSTATE']._serialized_start=502
+  _globals['_WORKERSTATE']._serialized_end=645
   _globals['_WORKER']._serialized_start=116
-  _globals['_WORKER']._serialized_end=452
+  _globals['_WORKER']._serialized_end=499
 # @@protoc_insertion_point(module_scope)

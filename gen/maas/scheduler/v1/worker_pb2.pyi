@@ -33,6 +33,8 @@ class _WorkerStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkerSta
     """It finishes what runs and takes nothing new."""
     WORKER_STATE_LOST: _WorkerState.ValueType  # 3
     """Its connection is gone or its lease ran out."""
+    WORKER_STATE_LOADING: _WorkerState.ValueType  # 4
+    """It loads its model and takes nothing yet; `info` is what is known before."""
 
 class WorkerState(_WorkerState, metaclass=_WorkerStateEnumTypeWrapper):
     """Whether a worker takes work."""
@@ -45,6 +47,8 @@ WORKER_STATE_DRAINING: WorkerState.ValueType  # 2
 """It finishes what runs and takes nothing new."""
 WORKER_STATE_LOST: WorkerState.ValueType  # 3
 """Its connection is gone or its lease ran out."""
+WORKER_STATE_LOADING: WorkerState.ValueType  # 4
+"""It loads its model and takes nothing yet; `info` is what is known before."""
 Global___WorkerState: _TypeAlias = WorkerState  # noqa: Y015
 
 @_typing.final
@@ -63,6 +67,7 @@ class Worker(_message.Message):
     SLOTS_IN_USE_FIELD_NUMBER: _builtins.int
     CONNECT_TIME_FIELD_NUMBER: _builtins.int
     LAST_HEARTBEAT_TIME_FIELD_NUMBER: _builtins.int
+    LOADING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"workers/{worker}"."""
     incarnation: _builtins.str
@@ -91,6 +96,10 @@ class Worker(_message.Message):
     def last_heartbeat_time(self) -> _timestamp_pb2.Timestamp:
         """When it was last heard of."""
 
+    @_builtins.property
+    def loading(self) -> _engine_pb2.LoadProgress:
+        """How far it is, while it is loading."""
+
     def __init__(
         self,
         *,
@@ -104,10 +113,11 @@ class Worker(_message.Message):
         slots_in_use: _builtins.int = ...,
         connect_time: _timestamp_pb2.Timestamp | None = ...,
         last_heartbeat_time: _timestamp_pb2.Timestamp | None = ...,
+        loading: _engine_pb2.LoadProgress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["connect_time", b"connect_time", "info", b"info", "last_heartbeat_time", b"last_heartbeat_time", "load", b"load"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["connect_time", b"connect_time", "info", b"info", "last_heartbeat_time", b"last_heartbeat_time", "load", b"load", "loading", b"loading"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["connect_time", b"connect_time", "endpoint", b"endpoint", "epoch", b"epoch", "incarnation", b"incarnation", "info", b"info", "last_heartbeat_time", b"last_heartbeat_time", "load", b"load", "name", b"name", "slots_in_use", b"slots_in_use", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["connect_time", b"connect_time", "endpoint", b"endpoint", "epoch", b"epoch", "incarnation", b"incarnation", "info", b"info", "last_heartbeat_time", b"last_heartbeat_time", "load", b"load", "loading", b"loading", "name", b"name", "slots_in_use", b"slots_in_use", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

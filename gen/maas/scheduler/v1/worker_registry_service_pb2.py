@@ -27,7 +27,7 @@ from maas.common.v1 import options_pb2 as maas_dot_common_dot_v1_dot_options__pb
 from maas.engine.v1 import engine_pb2 as maas_dot_engine_dot_v1_dot_engine__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n/maas/scheduler/v1/worker_registry_service.proto\x12\x11maas.scheduler.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cmaas/common/v1/options.proto\x1a\x1bmaas/engine/v1/engine.proto\"\xdd\x01\n\x0e\x43onnectRequest\x12/\n\x08register\x18\x01 \x01(\x0b\x32\x1b.maas.scheduler.v1.RegisterH\x00\x12*\n\x04load\x18\x02 \x01(\x0b\x32\x1a.maas.engine.v1.LoadReportH\x00\x12\x38\n\nexecutions\x18\x03 \x01(\x0b\x32\".maas.scheduler.v1.ExecutionReportH\x00\x12)\n\x05\x64rain\x18\x04 \x01(\x0b\x32\x18.maas.scheduler.v1.DrainH\x00\x42\t\n\x07message\"K\n\x0f\x43onnectResponse\x12-\n\x07welcome\x18\x01 \x01(\x0b\x32\x1a.maas.scheduler.v1.WelcomeH\x00\x42\t\n\x07message\"\xbc\x01\n\x08Register\x12\x19\n\x06worker\x18\x01 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x1d\n\x0bincarnation\x18\x02 \x01(\tB\x08\x92\xe7\x18\x04\x08\x01 @\x12\x1b\n\x08\x65ndpoint\x18\x03 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \x80\x02\x12\x30\n\x04info\x18\x04 \x01(\x0b\x32\x1a.maas.engine.v1.EngineInfoB\x06\x92\xe7\x18\x02\x08\x01\x12\'\n\x15running_execution_ids\x18\x05 \x03(\tB\x08\x92\xe7\x18\x04(\x80\x80\x04\"\x82\x01\n\x07Welcome\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x35\n\x12heartbeat_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0elease_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"M\n\x0f\x45xecutionReport\x12\x1d\n\x15started_execution_ids\x18\x01 \x03(\t\x12\x1b\n\x13\x65nded_execution_ids\x18\x02 \x03(\t\"\x07\n\x05\x44rain2w\n\x15WorkerRegistryService\x12^\n\x07\x43onnect\x12!.maas.scheduler.v1.ConnectRequest\x1a\".maas.scheduler.v1.ConnectResponse\"\x08\x8a\xe7\x18\x04\x08\x03\x18\x01(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n/maas/scheduler/v1/worker_registry_service.proto\x12\x11maas.scheduler.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cmaas/common/v1/options.proto\x1a\x1bmaas/engine/v1/engine.proto\"\xbc\x02\n\x0e\x43onnectRequest\x12/\n\x08register\x18\x01 \x01(\x0b\x32\x1b.maas.scheduler.v1.RegisterH\x00\x12*\n\x04load\x18\x02 \x01(\x0b\x32\x1a.maas.engine.v1.LoadReportH\x00\x12\x38\n\nexecutions\x18\x03 \x01(\x0b\x32\".maas.scheduler.v1.ExecutionReportH\x00\x12)\n\x05\x64rain\x18\x04 \x01(\x0b\x32\x18.maas.scheduler.v1.DrainH\x00\x12/\n\x07loading\x18\x05 \x01(\x0b\x32\x1c.maas.engine.v1.LoadProgressH\x00\x12,\n\x06loaded\x18\x06 \x01(\x0b\x32\x1a.maas.engine.v1.EngineInfoH\x00\x42\t\n\x07message\"K\n\x0f\x43onnectResponse\x12-\n\x07welcome\x18\x01 \x01(\x0b\x32\x1a.maas.scheduler.v1.WelcomeH\x00\x42\t\n\x07message\"\xeb\x01\n\x08Register\x12\x19\n\x06worker\x18\x01 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x1d\n\x0bincarnation\x18\x02 \x01(\tB\x08\x92\xe7\x18\x04\x08\x01 @\x12\x1b\n\x08\x65ndpoint\x18\x03 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \x80\x02\x12\x30\n\x04info\x18\x04 \x01(\x0b\x32\x1a.maas.engine.v1.EngineInfoB\x06\x92\xe7\x18\x02\x08\x01\x12\'\n\x15running_execution_ids\x18\x05 \x03(\tB\x08\x92\xe7\x18\x04(\x80\x80\x04\x12-\n\x07loading\x18\x06 \x01(\x0b\x32\x1c.maas.engine.v1.LoadProgress\"\x82\x01\n\x07Welcome\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x35\n\x12heartbeat_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0elease_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"M\n\x0f\x45xecutionReport\x12\x1d\n\x15started_execution_ids\x18\x01 \x03(\t\x12\x1b\n\x13\x65nded_execution_ids\x18\x02 \x03(\t\"\x07\n\x05\x44rain2w\n\x15WorkerRegistryService\x12^\n\x07\x43onnect\x12!.maas.scheduler.v1.ConnectRequest\x1a\".maas.scheduler.v1.ConnectResponse\"\x08\x8a\xe7\x18\x04\x08\x03\x18\x01(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -47,17 +47,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKERREGISTRYSERVICE'].methods_by_name['Connect']._loaded_options = None
   _globals['_WORKERREGISTRYSERVICE'].methods_by_name['Connect']._serialized_options = b'\212\347\030\004\010\003\030\001'
   _globals['_CONNECTREQUEST']._serialized_start=162
-  _globals['_CONNECTREQUEST']._serialized_end=383
-  _globals['_CONNECTRESPONSE']._serialized_start=385
-  _globals['_CONNECTRESPONSE']._serialized_end=460
-  _globals['_REGISTER']._serialized_start=463
-  _globals['_REGISTER']._serialized_end=651
-  _globals['_WELCOME']._serialized_start=654
-  _globals['_WELCOME']._serialized_end=784
-  _globals['_EXECUTIONREPORT']._serialized_start=786
-  _globals['_EXECUTIONREPORT']._serialized_end=863
-  _globals['_DRAIN']._serialized_start=865
-  _globals['_DRAIN']._serialized_end=872
-  _globals['_WORKERREGISTRYSERVICE']._serialized_start=874
-  _globals['_WORKERREGISTRYSERVICE']._serialized_end=993
+  _globals['_CONNECTREQUEST']._serialized_end=478
+  _globals['_CONNECTRESPONSE']._serialized_start=480
+  _globals['_CONNECTRESPONSE']._serialized_end=555
+  _globals['_REGISTER']._serialized_start=558
+  _globals['_REGISTER']._serialized_end=793
+  _globals['_WELCOME']._serialized_start=796
+  _globals['_WELCOME']._serialized_end=926
+  _globals['_EXECUTIONREPORT']._serialized_start=928
+  _globals['_EXECUTIONREPORT']._serialized_end=1005
+  _globals['_DRAIN']._serialized_start=1007
+  _globals['_DRAIN']._serialized_end=1014
+  _globals['_WORKERREGISTRYSERVICE']._serialized_start=1016
+  _globals['_WORKERREGISTRYSERVICE']._serialized_end=1135
 # @@protoc_insertion_point(module_scope)

@@ -30,6 +30,8 @@ class ConnectRequest(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     EXECUTIONS_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
+    LOADING_FIELD_NUMBER: _builtins.int
+    LOADED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def register(self) -> Global___Register:
         """First message, exactly once."""
@@ -46,6 +48,18 @@ class ConnectRequest(_message.Message):
     def drain(self) -> Global___Drain:
         """The worker finishes what runs and takes nothing new."""
 
+    @_builtins.property
+    def loading(self) -> _engine_pb2.LoadProgress:
+        """How far the worker is with loading its model, from time to time. Only
+        before `loaded`.
+        """
+
+    @_builtins.property
+    def loaded(self) -> _engine_pb2.EngineInfo:
+        """The model is loaded: the worker takes work. Once, and only after a Register
+        that said `loading`.
+        """
+
     def __init__(
         self,
         *,
@@ -53,12 +67,14 @@ class ConnectRequest(_message.Message):
         load: _engine_pb2.LoadReport | None = ...,
         executions: Global___ExecutionReport | None = ...,
         drain: Global___Drain | None = ...,
+        loading: _engine_pb2.LoadProgress | None = ...,
+        loaded: _engine_pb2.EngineInfo | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "executions", b"executions", "load", b"load", "message", b"message", "register", b"register"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "executions", b"executions", "load", b"load", "loaded", b"loaded", "loading", b"loading", "message", b"message", "register", b"register"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "executions", b"executions", "load", b"load", "message", b"message", "register", b"register"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "executions", b"executions", "load", b"load", "loaded", b"loaded", "loading", b"loading", "message", b"message", "register", b"register"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["register", "load", "executions", "drain"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["register", "load", "executions", "drain", "loading", "loaded"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -101,6 +117,7 @@ class Register(_message.Message):
     ENDPOINT_FIELD_NUMBER: _builtins.int
     INFO_FIELD_NUMBER: _builtins.int
     RUNNING_EXECUTION_IDS_FIELD_NUMBER: _builtins.int
+    LOADING_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """"workers/{worker}", stable over restarts."""
     incarnation: _builtins.str
@@ -115,6 +132,12 @@ class Register(_message.Message):
     def running_execution_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What runs on it, for a scheduler that has restarted."""
 
+    @_builtins.property
+    def loading(self) -> _engine_pb2.LoadProgress:
+        """How far it is with loading its model. Absent when it is loaded; otherwise
+        `info` is what is known before, and `loaded` follows.
+        """
+
     def __init__(
         self,
         *,
@@ -123,10 +146,11 @@ class Register(_message.Message):
         endpoint: _builtins.str = ...,
         info: _engine_pb2.EngineInfo | None = ...,
         running_execution_ids: _abc.Iterable[_builtins.str] | None = ...,
+        loading: _engine_pb2.LoadProgress | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info", "loading", b"loading"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "incarnation", b"incarnation", "info", b"info", "running_execution_ids", b"running_execution_ids", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "incarnation", b"incarnation", "info", b"info", "loading", b"loading", "running_execution_ids", b"running_execution_ids", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -44,6 +44,7 @@ MODELS = model_service_pb2.DESCRIPTOR.services_by_name["ModelService"]
 OFFERINGS = offering_service_pb2.DESCRIPTOR.services_by_name["OfferingService"]
 ADAPTERS = adapter_service_pb2.DESCRIPTOR.services_by_name["AdapterService"]
 WATCH = "maas.catalog.v1.OfferingService/WatchOfferings"
+LOOK_UP = "maas.catalog.v1.ModelService/LookUpModelVersion"
 WATCH_ADAPTERS = "maas.catalog.v1.AdapterService/WatchAdapters"
 BOOKMARK_S = 0.05
 POLL_S = 0.02
@@ -225,7 +226,10 @@ async def running_catalog(dsn: str) -> AsyncIterator[Catalog]:
     async with await postgres.connect(config, schema="catalog") as database:
         store = CatalogStore(database)
         server = Server(
-            ANY_PORT, callers.identity({WATCH: ["gateway"], WATCH_ADAPTERS: ["gateway"]})
+            ANY_PORT,
+            callers.identity(
+                {WATCH: ["gateway"], WATCH_ADAPTERS: ["gateway"], LOOK_UP: ["gateway"]}
+            ),
         )
         server.add(ModelService(store, clock), MODELS)
         server.add(OfferingService(store, hub, clock, bookmark_s=BOOKMARK_S), OFFERINGS)

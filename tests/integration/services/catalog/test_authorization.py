@@ -16,4 +16,4 @@ async def test_only_the_right_callers_get_in(catalog: Catalog) -> None:
         got = await outcomes(catalog.endpoint, SERVICES, credential)
         assert got == {method: expected_outcome(method, kind) for method in methods}, kind
 
-    assert len(methods) == 15
+    assert len(methods) == 16

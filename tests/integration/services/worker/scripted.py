@@ -22,6 +22,7 @@ from services.worker.engine.base import (
     EngineRequest,
     Lane,
     StepBatch,
+    Tell,
 )
 
 DIMENSIONS = 4
@@ -80,7 +81,7 @@ class ScriptedEngine:
         )
         self._batches: asyncio.Queue[StepBatch | None] = asyncio.Queue()
 
-    async def start(self) -> EngineInfo:
+    async def start(self, tell: Tell | None = None) -> EngineInfo:  # noqa: ARG002
         return self._info
 
     def submit(self, lane: Lane, request: EngineRequest) -> None:

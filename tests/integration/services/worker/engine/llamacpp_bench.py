@@ -21,7 +21,7 @@ from services.worker.engine.base import (
 )
 from services.worker.engine.llamacpp import LlamaCppEngine
 from services.worker.engine.llamacpp_tokenizer import LlamaCppTokenizer
-from services.worker.engine.llamacpp_wire import Kind
+from services.worker.engine.wire import Kind
 
 MODEL = Path(__file__).parents[5] / "services" / "worker" / "models" / "maas-tiny-story.gguf"
 CAPACITY = 4

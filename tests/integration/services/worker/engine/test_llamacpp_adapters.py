@@ -20,7 +20,7 @@ from services.worker.engine.base import (
 )
 from services.worker.engine.llamacpp import LlamaCppEngine
 from services.worker.engine.llamacpp_adapters import RESIDENT_MAX
-from services.worker.engine.llamacpp_wire import Kind
+from services.worker.engine.wire import Kind
 from tests.integration.services.worker.engine.llamacpp_bench import (
     CONTEXT,
     DRAWN,

@@ -23,7 +23,7 @@ from services.worker.engine.base import (
     Sampling,
 )
 from services.worker.engine.llamacpp import LlamaCppEngine
-from services.worker.engine.llamacpp_wire import pack_submit
+from services.worker.engine.wire import pack_submit
 
 ROOT = Path(__file__).parents[5]
 MODEL = ROOT / "services" / "worker" / "models" / "maas-tiny-story.gguf"
@@ -86,7 +86,7 @@ async def test_a_child_of_another_version_refuses_to_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As after an update of the files under a running worker."""
-    monkeypatch.setattr("services.worker.engine.llamacpp.VERSION", 1)
+    monkeypatch.setattr("services.worker.engine.child_engine.VERSION", 1)
     engine = LlamaCppEngine(MODEL, capacity=1, threads=1)
 
     with pytest.raises(EngineStartError, match="restart it"):

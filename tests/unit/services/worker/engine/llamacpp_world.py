@@ -20,7 +20,7 @@ from services.worker.engine.llamacpp_adapters import AdapterShelf
 from services.worker.engine.llamacpp_decoder import SCORED_ROWS_MAX, DecodeFailedError
 from services.worker.engine.llamacpp_inflight import InflightBatch
 from services.worker.engine.llamacpp_queue import Compile
-from services.worker.engine.llamacpp_wire import Counters, FrameReader, pack_step, unpack_step
+from services.worker.engine.wire import Counters, FrameReader, pack_step, unpack_step
 
 SIZE = 61
 END = 60

@@ -8,7 +8,7 @@ import pytest
 
 from services.worker.engine.base import Ended, EndReason, EngineRequest
 from services.worker.engine.llamacpp_decoder import DecodeFailedError
-from services.worker.engine.llamacpp_wire import Counters
+from services.worker.engine.wire import Counters
 from tests.unit.services.worker.engine.llamacpp_world import (
     CAPACITY,
     CONTEXT,

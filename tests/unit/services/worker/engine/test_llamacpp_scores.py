@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.worker.engine.base import TokenScores
-from services.worker.engine.llamacpp_scores import RawRows, ScoreBlock, extend_scores, to_scores
+from services.worker.engine.llamacpp_scores import RawRows
+from services.worker.engine.score_blocks import ScoreBlock, extend_scores, to_scores
 
 SIZE = 50
 

@@ -1,4 +1,4 @@
-"""Questions to the llamacpp engine's child that each get one answer."""
+"""Questions to an engine's child that each get one answer."""
 
 from __future__ import annotations
 

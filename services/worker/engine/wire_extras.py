@@ -1,4 +1,4 @@
-"""What few requests ask for, as JSON behind a SUBMIT frame of the llamacpp engine.
+"""What few requests ask for, as JSON behind a SUBMIT frame.
 
 Empty for a request that asks for none of it, so that plain requests carry no JSON.
 """
@@ -13,7 +13,7 @@ from typing import Final
 from services.worker.engine.base import Adapter, Constraint, ConstraintKind, EngineRequest
 
 _SAMPLING_FIELDS: Final = ("min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
-_REQUEST_FIELDS: Final = ("min_output_tokens", "prompt_logprobs")
+_REQUEST_FIELDS: Final = ("min_output_tokens", "prompt_logprobs", "stop_texts")
 
 
 def write_extras(request: EngineRequest) -> bytes:
@@ -53,6 +53,8 @@ def read_extras(request: EngineRequest, data: bytes) -> EngineRequest:
     if "logit_bias" in extras:
         sampling["logit_bias"] = tuple(map(tuple, extras["logit_bias"]))
     fields = {name: extras[name] for name in _REQUEST_FIELDS if name in extras}
+    if "stop_texts" in fields:
+        fields["stop_texts"] = tuple(fields["stop_texts"])
     if "constraint" in extras:
         kind, source, grammar = extras["constraint"]
         fields["constraint"] = Constraint(kind=ConstraintKind(kind), source=source, grammar=grammar)

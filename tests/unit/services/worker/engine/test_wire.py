@@ -22,8 +22,9 @@ from services.worker.engine.base import (
     Sampling,
     StepBatch,
 )
-from services.worker.engine.llamacpp_scores import RawRows, ScoreBlock, to_scores
-from services.worker.engine.llamacpp_wire import (
+from services.worker.engine.llamacpp_scores import RawRows
+from services.worker.engine.score_blocks import ScoreBlock, to_scores
+from services.worker.engine.wire import (
     Counters,
     FrameReader,
     Kind,
@@ -79,6 +80,7 @@ REQUESTS = st.builds(
     ignore_eos=st.booleans(),
     sampling=SAMPLINGS,
     min_output_tokens=st.sampled_from([0, 7]),
+    stop_texts=st.lists(TEXTS, max_size=2).map(tuple),
     constraint=st.none() | CONSTRAINTS,
     top_logprobs=st.none() | st.integers(0, 20),
     prompt_logprobs=st.booleans(),

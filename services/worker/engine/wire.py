@@ -1,4 +1,4 @@
-"""Frames between LlamaCppEngine and its child process, over one stream socket.
+"""Frames between a ChildEngine and its child process, over one stream socket.
 
     frame    = length of body: uint32 | kind: uint8 | body
     SUBMIT   = fixed fields | prompt ids | continue ids | stop ids (int32 columns) | cache salt |
@@ -9,6 +9,8 @@
                messages JSON
     block    = rows, alternatives: uint32 | row int32, log-probability float32 of each row |
                ids int32, log-probabilities float32 of all alternatives
+    KV       = kind uint8, tier uint8, parent? uint8, hashes uint32 | parent uint64 | hashes uint64
+               of each event
     EMBED    = job: uint32, inputs: uint32 | lengths | ids                     (int32 columns)
     EMBEDDED = job: uint32, rows: uint32, columns: uint32 | float32, or why not, UTF-8
 
@@ -42,10 +44,10 @@ from services.worker.engine.base import (
     Sampling,
     StepBatch,
 )
-from services.worker.engine.llamacpp_extras import read_extras, write_extras
-from services.worker.engine.llamacpp_scores import ScoreBlock, extend_scores, to_scores
+from services.worker.engine.score_blocks import ScoreBlock, extend_scores, to_scores
+from services.worker.engine.wire_extras import read_extras, write_extras
 
-VERSION: Final = 2
+VERSION: Final = 3
 """Of all that is said here; changed with it."""
 
 Value = str | int | float | bool | None
@@ -58,7 +60,7 @@ class Kind(enum.IntEnum):
     START = 1  # to the child: settings, JSON
     SUBMIT = 2  # to the child
     ABORT = 3  # to the child
-    READY = 4  # to the parent: facts about the model, JSON
+    READY = 4  # to the parent: base.EngineInfo, JSON
     REFUSED = 5  # to the parent: why the child cannot start, JSON
     STEP = 6  # to the parent
     LOAD_ADAPTER = 7  # to the child, JSON
@@ -67,6 +69,8 @@ class Kind(enum.IntEnum):
     EMBEDDED = 10  # to the parent
     DROP_EMBED = 11  # to the child
     RESIDENTS = 12  # to the parent: names of the loaded adapters, one a line
+    PROGRESS = 13  # to the parent: base.LoadProgress, JSON
+    KV = 14  # to the parent: changes of the prefix cache
 
 
 @dataclass(slots=True, kw_only=True)
@@ -74,17 +78,17 @@ class Counters:
     """The load as the child saw it at the end of a step; the fields of base.EngineLoad.
 
     Attributes:
-        running: lanes that hold a slot.
+        running: lanes that hold a slot; None when that is not known, as in the next three.
         waiting: lanes that wait for a slot.
         waiting_tokens: prompt tokens not yet in the KV cache, of running and waiting lanes.
         kv_used_tokens: tokens in the KV cache.
         taken: submits read since the last report; the parent counts the others as waiting.
     """
 
-    running: int = 0
-    waiting: int = 0
-    waiting_tokens: int = 0
-    kv_used_tokens: int = 0
+    running: int | None = 0
+    waiting: int | None = 0
+    waiting_tokens: int | None = 0
+    kv_used_tokens: int | None = 0
     taken: int = 0
 
 
@@ -125,7 +129,8 @@ _SUBMIT: Final = struct.Struct("=qQddiIIIIBIi")
 _IGNORES_EOS: Final = 1
 _READS_CACHE: Final = 2
 _IS_BACKGROUND: Final = 4
-_STEP: Final = struct.Struct("=IIQQIIIIII")
+_STEP: Final = struct.Struct("=iiqqIIIIII")
+_UNKNOWN: Final = -1
 _BLOCK: Final = struct.Struct("=II")
 _PART: Final = struct.Struct("=qI")
 _EMBED: Final = struct.Struct("=II")
@@ -161,12 +166,12 @@ class FrameReader:
 
 
 def pack_control(kind: Kind, values: Mapping[str, Value]) -> bytes:
-    """Makes a START, READY or REFUSED frame."""
-    return _frame(kind, json.dumps(values).encode())
+    """Makes a frame of flat JSON."""
+    return frame(kind, json.dumps(values).encode())
 
 
 def unpack_control(body: bytes) -> dict[str, Value]:
-    """Reads a START, READY or REFUSED body."""
+    """Reads a body of flat JSON."""
     values: dict[str, Value] = json.loads(body)
     return values
 
@@ -198,7 +203,7 @@ def pack_submit(lane: Lane, request: EngineRequest) -> bytes:
     ids = array.array("i", request.prompt_ids)
     ids.extend(request.continue_ids)
     ids.extend(sorted(request.stop_token_ids))
-    return _frame(Kind.SUBMIT, fixed + ids.tobytes() + request.cache_salt + extras)
+    return frame(Kind.SUBMIT, fixed + ids.tobytes() + request.cache_salt + extras)
 
 
 def unpack_submit(body: bytes) -> tuple[Lane, EngineRequest]:
@@ -231,7 +236,7 @@ def unpack_submit(body: bytes) -> tuple[Lane, EngineRequest]:
 
 def pack_abort(lane: Lane) -> bytes:
     """Makes an ABORT frame."""
-    return _frame(Kind.ABORT, _ABORT.pack(lane))
+    return frame(Kind.ABORT, _ABORT.pack(lane))
 
 
 def unpack_abort(body: bytes) -> Lane:
@@ -244,10 +249,10 @@ def pack_step(counters: Counters, report: Report) -> bytes:
     """Makes a STEP frame."""
     parts = [
         _STEP.pack(
-            counters.running,
-            counters.waiting,
-            counters.waiting_tokens,
-            counters.kv_used_tokens,
+            _or_unknown(counters.running),
+            _or_unknown(counters.waiting),
+            _or_unknown(counters.waiting_tokens),
+            _or_unknown(counters.kv_used_tokens),
             counters.taken,
             len(report.lanes) // 8,
             len(report.prefilled),
@@ -259,14 +264,14 @@ def pack_step(counters: Counters, report: Report) -> bytes:
         report.token_ids,
     ]
     if report.prefilled:
-        parts.append(_column("q", [event.lane for event in report.prefilled]))
-        parts.append(_column("i", [event.cached_tokens for event in report.prefilled]))
+        parts.append(column("q", [event.lane for event in report.prefilled]))
+        parts.append(column("i", [event.cached_tokens for event in report.prefilled]))
     if report.ended:
         ends = report.ended
-        parts.append(_column("q", [end.lane for end in ends]))
+        parts.append(column("q", [end.lane for end in ends]))
         # -1 stands for no stop token.
         parts.append(
-            _column("i", [-1 if end.stop_token_id is None else end.stop_token_id for end in ends])
+            column("i", [-1 if end.stop_token_id is None else end.stop_token_id for end in ends])
         )
         parts.append(bytes(_REASON_CODES[end.reason] for end in ends))
     for block in report.scores:
@@ -275,7 +280,7 @@ def pack_step(counters: Counters, report: Report) -> bytes:
         parts += (_PART.pack(lane, offset), *_pack_block(block))
     if any(end.message for end in report.ended):
         parts.append(json.dumps([end.message for end in report.ended]).encode())
-    return _frame(Kind.STEP, b"".join(parts))
+    return frame(Kind.STEP, b"".join(parts))
 
 
 def unpack_step(body: bytes, batch: StepBatch) -> Counters:
@@ -283,7 +288,7 @@ def unpack_step(body: bytes, batch: StepBatch) -> Counters:
     fixed = _STEP.unpack_from(body)
     running, waiting, waiting_tokens, kv_used, taken = fixed[:5]
     rows, prefilled, ended, blocks, parts = fixed[5:]
-    columns = _Columns(body, _STEP.size)
+    columns = Columns(body, _STEP.size)
     rows_before = len(batch.lanes)
     if rows:
         batch.lanes += columns.take("q", rows)
@@ -306,10 +311,10 @@ def unpack_step(body: bytes, batch: StepBatch) -> Counters:
         for (lane, stop, code), message in zip(ends, columns.take_messages(ended), strict=True):
             batch.ended.append(Ended(lane, _REASONS[code], None if stop < 0 else stop, message))
     return Counters(
-        running=running,
-        waiting=waiting,
-        waiting_tokens=waiting_tokens,
-        kv_used_tokens=kv_used,
+        running=_or_none(running),
+        waiting=_or_none(waiting),
+        waiting_tokens=_or_none(waiting_tokens),
+        kv_used_tokens=_or_none(kv_used),
         taken=taken,
     )
 
@@ -323,19 +328,19 @@ def pack_embed(job: int, inputs: Sequence[Sequence[int]]) -> bytes:
     columns = array.array("i", [len(ids) for ids in inputs])
     for ids in inputs:
         columns.extend(ids)
-    return _frame(Kind.EMBED, _EMBED.pack(job, len(inputs)) + columns.tobytes())
+    return frame(Kind.EMBED, _EMBED.pack(job, len(inputs)) + columns.tobytes())
 
 
 def unpack_embed(body: bytes) -> tuple[int, list[tuple[int, ...]]]:
     """Reads an EMBED body."""
-    columns = _Columns(body, _EMBED.size)
+    columns = Columns(body, _EMBED.size)
     job, count = _EMBED.unpack_from(body)
     return job, [columns.take("i", length) for length in columns.take("i", count)]
 
 
 def pack_drop_embed(job: int) -> bytes:
     """Makes a DROP_EMBED frame."""
-    return _frame(Kind.DROP_EMBED, _DROP_EMBED.pack(job))
+    return frame(Kind.DROP_EMBED, _DROP_EMBED.pack(job))
 
 
 def unpack_drop_embed(body: bytes) -> int:
@@ -347,8 +352,8 @@ def unpack_drop_embed(body: bytes) -> int:
 def pack_embedded(job: int, outcome: npt.NDArray[np.float32] | str) -> bytes:
     """Makes an EMBEDDED frame: vectors, shape (inputs, dimensions), or why there are none."""
     if isinstance(outcome, str):
-        return _frame(Kind.EMBEDDED, _EMBEDDED.pack(job, 0, 0) + outcome.encode())
-    return _frame(Kind.EMBEDDED, _EMBEDDED.pack(job, *outcome.shape) + outcome.tobytes())
+        return frame(Kind.EMBEDDED, _EMBEDDED.pack(job, 0, 0) + outcome.encode())
+    return frame(Kind.EMBEDDED, _EMBEDDED.pack(job, *outcome.shape) + outcome.tobytes())
 
 
 def unpack_embedded(body: bytes) -> tuple[int, npt.NDArray[np.float32] | str]:
@@ -362,7 +367,7 @@ def unpack_embedded(body: bytes) -> tuple[int, npt.NDArray[np.float32] | str]:
 
 def pack_residents(names: Sequence[str]) -> bytes:
     """Makes a RESIDENTS frame."""
-    return _frame(Kind.RESIDENTS, "\n".join(names).encode())
+    return frame(Kind.RESIDENTS, "\n".join(names).encode())
 
 
 def unpack_residents(body: bytes) -> tuple[str, ...]:
@@ -370,24 +375,32 @@ def unpack_residents(body: bytes) -> tuple[str, ...]:
     return tuple(body.decode().split("\n")) if body else ()
 
 
-class _Columns:
+class Columns:
     """Reads columns one after the other."""
 
     def __init__(self, body: bytes, start: int) -> None:
         self._body = body
         self._start = start
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left."""
+        return self._start >= len(self._body)
+
     def take(self, code: str, count: int) -> tuple[int, ...]:
+        """Numbers of one type, as `struct` names it."""
         column: tuple[int, ...] = struct.unpack_from(f"={count}{code}", self._body, self._start)
         self._start += struct.calcsize(f"={code}") * count
         return column
 
     def take_fixed(self, layout: struct.Struct) -> tuple[int, ...]:
+        """Numbers of several types."""
         values: tuple[int, ...] = layout.unpack_from(self._body, self._start)
         self._start += layout.size
         return values
 
     def take_block(self) -> ScoreBlock:
+        """Scores of some rows."""
         count, width = self.take_fixed(_BLOCK)
         return ScoreBlock(
             np.frombuffer(self._bytes(4 * count), np.int32),
@@ -401,10 +414,19 @@ class _Columns:
         return self._body[self._start - count : self._start]
 
     def take_messages(self, count: int) -> list[str]:
+        """The messages of ends, which stand last; empty texts where there are none."""
         if self._start == len(self._body):
             return [""] * count
         messages: list[str] = json.loads(self._body[self._start :])
         return messages
+
+
+def _or_unknown(number: int | None) -> int:
+    return _UNKNOWN if number is None else number
+
+
+def _or_none(number: int) -> int | None:
+    return None if number == _UNKNOWN else number
 
 
 def _pack_block(block: ScoreBlock) -> tuple[bytes, ...]:
@@ -417,9 +439,11 @@ def _pack_block(block: ScoreBlock) -> tuple[bytes, ...]:
     )
 
 
-def _column(code: str, values: Sequence[int]) -> bytes:
+def column(code: str, values: Sequence[int]) -> bytes:
+    """Packs numbers of one type, as `array` names it."""
     return array.array(code, values).tobytes()
 
 
-def _frame(kind: Kind, body: bytes) -> bytes:
+def frame(kind: Kind, body: bytes) -> bytes:
+    """Makes a frame."""
     return _FRAME.pack(len(body), kind) + body
