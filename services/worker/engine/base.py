@@ -29,6 +29,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from services.worker.engine.kv_events import KvEvent
+
 Lane = int
 """Names one execution inside one engine. Chosen by the worker, never reused while it runs."""
 
@@ -232,50 +234,6 @@ class PromptScores:
     lane: Lane
     offset: int
     scores: TokenScores
-
-
-class KvTier(enum.Enum):
-    """Where a block of the KV cache lies."""
-
-    DEVICE = "device"
-    HOST = "host"
-
-
-@dataclass(frozen=True, slots=True)
-class KvStored:
-    """Blocks of the prefix cache that can be shared from here on, or have moved to another tier.
-
-    A block's hash says all that stands before it, too: `kv_hashes.chain` computes it from token
-    ids, the same on every engine.
-
-    Attributes:
-        hashes: 64 bits each. Block i follows block i - 1; the first follows `parent`.
-        parent: hash of the block before the first; None where that is the beginning of a prompt.
-        tier: where they lie.
-    """
-
-    hashes: tuple[int, ...]
-    parent: int | None
-    tier: KvTier = KvTier.DEVICE
-
-
-@dataclass(frozen=True, slots=True)
-class KvRemoved:
-    """Blocks that are in no tier any more. Unknown ones mean nothing.
-
-    Attributes:
-        hashes: of them.
-    """
-
-    hashes: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class KvCleared:
-    """Nothing is known to be cached: all went away, or events were lost."""
-
-
-KvEvent = KvStored | KvRemoved | KvCleared
 
 
 @dataclass(slots=True)

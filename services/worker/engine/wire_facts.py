@@ -12,14 +12,10 @@ from services.worker.engine.base import (
     ConstraintKind,
     EngineAbilities,
     EngineInfo,
-    KvCleared,
-    KvEvent,
-    KvRemoved,
-    KvStored,
-    KvTier,
     LoadProgress,
     LoadStage,
 )
+from services.worker.engine.kv_events import KvCleared, KvEvent, KvRemoved, KvStored, KvTier
 from services.worker.engine.wire import Columns, Kind, Value, column, frame, pack_control
 
 Setting = Value | Sequence["Setting"] | Mapping[str, "Setting"]

@@ -12,14 +12,10 @@ from services.worker.engine.base import (
     ConstraintKind,
     EngineAbilities,
     EngineInfo,
-    KvCleared,
-    KvRemoved,
-    KvStored,
-    KvTier,
     LoadProgress,
     LoadStage,
 )
-from services.worker.engine.kv_hashes import chain
+from services.worker.engine.kv_events import KvCleared, KvRemoved, KvStored, KvTier, chain
 from services.worker.engine.wire import FrameReader
 from services.worker.engine.wire_facts import (
     Setting,
