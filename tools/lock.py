@@ -1,8 +1,9 @@
-"""Resolves pyproject.toml into the three lock files, with uv in a throw-away environment.
+"""Resolves pyproject.toml into the four lock files, with uv in a throw-away environment.
 
-The runtime lock is constrained by the development lock, so that both name the same versions. The
-benchmarks' lock holds its own group alone and is installed beside the development lock. Index lines
-are left out: where packages come from is everybody's own configuration.
+The runtime lock and that of workers with TensorRT-LLM are constrained by the development lock, so
+that all name the same versions. The benchmarks' lock holds its own group alone and is installed
+beside the development lock. Index lines are left out: where packages come from is everybody's own
+configuration.
 """
 
 from __future__ import annotations
@@ -39,6 +40,12 @@ def main() -> int:
                 "pyproject.toml",
                 "--constraints=requirements-dev.lock",
                 "--output-file=requirements.lock",
+            ),
+            (
+                "pyproject.toml",
+                "--extra=trtllm",
+                "--constraints=requirements-dev.lock",
+                "--output-file=requirements-trtllm.lock",
             ),
             ("--group=bench", "--output-file=requirements-bench.lock"),
         ):

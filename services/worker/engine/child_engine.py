@@ -84,11 +84,14 @@ class ChildProgram:
         name: of its process, for messages.
         exit_timeout_s: how long a child whose socket is closed may take to exit before it and
             all that it started are killed.
+        interpreter: Python that runs it; None for the one that runs here. Another one finds this
+            checkout and nothing else of what is installed here.
     """
 
     module: str
     name: str
     exit_timeout_s: float = 1.0
+    interpreter: Path | None = None
 
 
 class ChildEngine:
@@ -277,7 +280,7 @@ class ChildEngine:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
-                self._process = _spawn(self._program.module, theirs)
+                self._process = _spawn(self._program, theirs)
             except OSError as error:
                 ours.close()
                 raise EngineStartError(f"no process can be started: {error}") from error
@@ -394,11 +397,11 @@ def _sum_known(known: int | None, more: int) -> int | None:
     return None if known is None else known + more
 
 
-def _spawn(module: str, theirs: socket.socket) -> subprocess.Popen[bytes]:
+def _spawn(program: ChildProgram, theirs: socket.socket) -> subprocess.Popen[bytes]:
     """Starts the child from this thread: on Linux it dies with the thread that started it."""
     process = subprocess.Popen(
-        [sys.executable, "-m", module, str(theirs.fileno())],
-        # The same checkout as ours, wherever we were started.
+        [str(program.interpreter or sys.executable), "-m", program.module, str(theirs.fileno())],
+        # The same checkout as ours, wherever we were started: `-m` looks there first.
         cwd=_ROOT,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
