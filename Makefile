@@ -13,6 +13,10 @@ TESTS := $(wildcard tests/tidy tests/unit tests/sim tests/integration tests/syst
 FLAGS = $(if $(ENGINE),--engine "$(ENGINE)") $(if $(MODEL),--model "$(MODEL)") \
 	$(if $(CAPACITY),--capacity "$(CAPACITY)") $(if $(WORKERS),--workers "$(WORKERS)") $(ARGS)
 PYTEST = $(PY) -m pytest $(if $(K),-k "$(K)")
+# Much of a test is waiting for processes and timers, so more of them than cores run together. A file
+# stays in one process: its tests may share what takes long to start.
+JOBS ?= 3
+TOGETHER = --numprocesses $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help run stop psql setup setup-dev setup-bench test check lint types imports gen-check protos \
@@ -39,7 +43,7 @@ psql: setup ## Open a shell on the local database
 ## Test it. T=<path> K=<expression> narrow what runs
 
 test: check ## Everything that CI asks for: check, unit, integration, system
-	@exec $(PYTEST) $(or $(T),$(TESTS))
+	@exec $(PYTEST) $(if $(T)$(K),,$(TOGETHER)) $(or $(T),$(TESTS))
 
 check: lint types imports gen-check protos ## All that needs no test to run
 
@@ -70,8 +74,8 @@ integration: setup-dev ## One service at a time, with a real PostgreSQL and real
 system: setup-dev ## The whole suite as real processes
 	@exec $(PYTEST) $(or $(T),tests/system)
 
-conformance: setup ## Show the promised features from outside; GROUP=stream ONLY=U3,W-1
-	@exec $(PY) -m tools.conformance --group "$(or $(GROUP),stream)" \
+conformance: $(if $(filter engine,$(GROUP)),setup-dev,setup) ## Show the promised features from outside; GROUP=stream ONLY=U3,W-1
+	@GRPC_VERBOSITY=ERROR exec $(PY) -m tools.conformance --group "$(or $(GROUP),stream)" \
 		$(if $(ONLY),--only "$(ONLY)") $(ARGS)
 
 bench: setup-bench ## Speed beside its floors; ARGS=--quick, ARGS="--only paced"

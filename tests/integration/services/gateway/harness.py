@@ -107,6 +107,7 @@ class ScriptedWorker(UnaryMethods):
 
     GetEngineInfo = Abort
     GetLoad = Abort
+    WatchKvEvents = Abort
 
 
 class CountingClock(SystemClock):
