@@ -8,7 +8,9 @@ SETUP := if [ -x $(PY) ]; then $(PY) -I -S tools/setup.py; else $(PYTHON) tools/
 SETUP_DEV := if [ -x $(PY) ]; then $(PY) -I -S tools/setup.py --dev; else $(PYTHON) tools/setup.py --dev; fi
 SETUP_BENCH := if [ -x $(PY) ]; then $(PY) -I -S tools/setup.py --bench; else $(PYTHON) tools/setup.py --bench; fi
 
-SOURCES := libs services tools tests docs/clients/python
+SETUP_DEPLOY := if [ -x $(PY) ]; then $(PY) -I -S tools/setup.py --deploy; else $(PYTHON) tools/setup.py --deploy; fi
+
+SOURCES := libs services tools tests deploy/docker docs/clients/python
 TESTS := $(wildcard tests/tidy tests/unit tests/sim tests/integration tests/system)
 FLAGS = $(if $(ENGINE),--engine "$(ENGINE)") $(if $(MODEL),--model "$(MODEL)") \
 	$(if $(CAPACITY),--capacity "$(CAPACITY)") $(if $(WORKERS),--workers "$(WORKERS)") $(ARGS)
@@ -19,8 +21,8 @@ JOBS ?= 3
 TOGETHER = --numprocesses $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help run stop psql setup setup-dev setup-bench test check lint types imports gen-check protos \
-	unit integration system conformance bench fix gen lock clean
+.PHONY: help run stop psql setup setup-dev setup-bench setup-deploy test check lint types imports \
+	gen-check protos unit integration system conformance deploy-check bench fix gen lock clean
 
 help: ## This text
 	@awk 'BEGIN { FS = ":.*## " } \
@@ -78,6 +80,9 @@ conformance: $(if $(filter engine,$(GROUP)),setup-dev,setup) ## Show the promise
 	@GRPC_VERBOSITY=ERROR exec $(PY) -m tools.conformance --group "$(or $(GROUP),stream)" \
 		$(if $(ONLY),--only "$(ONLY)") $(ARGS)
 
+deploy-check: setup-deploy ## Images and manifests, by their own linters; needs kubectl or kustomize
+	@exec $(PY) -m tools.deploy.check
+
 bench: setup-bench ## Speed beside its floors; ARGS=--quick, ARGS="--only paced"
 	@exec $(PY) -m tests.bench $(ARGS)
 
@@ -102,6 +107,9 @@ setup-dev: ## .venv with what testing needs
 
 setup-bench: ## .venv with what testing and `make bench` need
 	@$(SETUP_BENCH)
+
+setup-deploy: ## .venv with what testing and `make deploy-check` need
+	@$(SETUP_DEPLOY)
 
 clean: setup stop ## Remove the state of `make run` and all caches; keeps .venv
 	@$(PY) -m tools.clean

@@ -1,9 +1,9 @@
-"""Resolves pyproject.toml into the four lock files, with uv in a throw-away environment.
+"""Resolves pyproject.toml into the lock files, with uv in a throw-away environment.
 
 The runtime lock and that of workers with TensorRT-LLM are constrained by the development lock, so
-that all name the same versions. The benchmarks' lock holds its own group alone and is installed
-beside the development lock. Index lines are left out: where packages come from is everybody's own
-configuration.
+that all name the same versions. Those of benchmarks and of what checks deployments hold their own
+groups alone and are installed beside the development lock. Index lines are left out: where packages
+come from is everybody's own configuration.
 """
 
 from __future__ import annotations
@@ -48,6 +48,11 @@ def main() -> int:
                 "--output-file=requirements-trtllm.lock",
             ),
             ("--group=bench", "--output-file=requirements-bench.lock"),
+            (
+                "--group=deploy",
+                "--constraints=requirements-dev.lock",
+                "--output-file=requirements-deploy.lock",
+            ),
         ):
             print(" ".join(flags), flush=True)
             subprocess.run([*compiling, *flags], cwd=ROOT, check=True)

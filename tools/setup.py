@@ -3,6 +3,7 @@
     python3 tools/setup.py           what running needs
     python3 tools/setup.py --dev     and what testing needs
     python3 tools/setup.py --bench   and, beside both, the one program that only benchmarks need
+    python3 tools/setup.py --deploy  likewise, what checks images and manifests
 
 Runs on a bare Python, so it imports nothing but the standard library, and has to be understood by
 old ones far enough to say that they are too old: hence the quoted types. Which index packages come
@@ -31,6 +32,9 @@ PLACE = VENV / "place"
 RUNTIME_LOCK = ROOT / "requirements.lock"
 DEV_LOCK = ROOT / "requirements-dev.lock"
 BENCH_LOCK = ROOT / "requirements-bench.lock"
+DEPLOY_LOCK = ROOT / "requirements-deploy.lock"
+# Additions to an environment, and not the suite itself.
+ADDITIONS = (BENCH_LOCK, DEPLOY_LOCK)
 OLDEST = (3, 11)
 NEWEST = (3, 13)
 TAIL_LINES = 15
@@ -78,9 +82,9 @@ def _runs(program: str, minor: int) -> bool:
 def stamp_of(locks: "list[Path]") -> str:
     """Hash of everything that decides what a lock file puts into .venv."""
     digest = hashlib.sha256()
-    # What only benchmarks need is not the suite itself and has no dependencies in common with it.
-    is_bench_only = [path.name for path in locks] == [BENCH_LOCK.name]
-    for path in locks if is_bench_only else [*locks, ROOT / "pyproject.toml"]:
+    # An addition is not the suite itself: what stands about that elsewhere is of no concern.
+    is_addition = [path.name for path in locks] in [[path.name] for path in ADDITIONS]
+    for path in locks if is_addition else [*locks, ROOT / "pyproject.toml"]:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -168,13 +172,13 @@ def pip_install(arguments: "list[str]", total: int) -> None:
 def install(lock: Path) -> None:
     """Installs a lock file, hashes checked, and the suite itself from where it stands.
 
-    The suite does not come with what only benchmarks need: that is an addition to either.
+    The suite does not come with an addition.
     """
     LOG.write_text("")
     say(f"setup: packages of {lock.name}")
     total = len(set(re.findall(r"^[A-Za-z0-9._-]+(?===)", lock.read_text(), re.MULTILINE)))
     pip_install(["--require-hashes", "-r", str(lock)], total)
-    if lock != BENCH_LOCK:
+    if lock not in ADDITIONS:
         pip_install(["--no-deps", "--no-build-isolation", "--editable", "."], 1)
 
 
@@ -184,18 +188,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dev", action="store_true", help="what testing needs, too")
     parser.add_argument("--bench", action="store_true", help="what testing and benchmarks need")
+    parser.add_argument("--deploy", action="store_true", help="what testing and linters need")
     asked = parser.parse_args()
     with Path(__file__).open() as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
-        bring_up_to_date(DEV_LOCK if asked.dev or asked.bench else RUNTIME_LOCK)
-        if asked.bench:
-            bring_up_to_date(BENCH_LOCK)
+        wants_dev = asked.dev or asked.bench or asked.deploy
+        bring_up_to_date(DEV_LOCK if wants_dev else RUNTIME_LOCK)
+        for is_wanted, lock in ((asked.bench, BENCH_LOCK), (asked.deploy, DEPLOY_LOCK)):
+            if is_wanted:
+                bring_up_to_date(lock)
     return 0
 
 
 def bring_up_to_date(lock: Path) -> None:
     """Installs a lock file unless that has been done already; the caller holds the guard."""
-    stamps = {path: VENV / f"stamp-{path.name}" for path in (RUNTIME_LOCK, DEV_LOCK, BENCH_LOCK)}
+    locks = (RUNTIME_LOCK, DEV_LOCK, *ADDITIONS)
+    stamps = {path: VENV / f"stamp-{path.name}" for path in locks}
     if read(stamps[lock]) == stamp_of([lock]) and read(PLACE) == place():
         return
     started_s = time.perf_counter()

@@ -1,0 +1,1 @@
+"""Looks after what an installation is made of: images, manifests, their secrets."""
