@@ -24,6 +24,8 @@ from services.scheduler.core.messages import (
     ExecutionsReported,
     Grant,
     Load,
+    Loaded,
+    LoadingReported,
     LoadReported,
     Priority,
     Registration,
@@ -38,6 +40,7 @@ WORKER_PATTERN = "workers/*"
 VERSION_PATTERN = "models/*/versions/*"
 
 _STATES = {
+    WorkerState.LOADING: worker_pb2.WORKER_STATE_LOADING,
     WorkerState.READY: worker_pb2.WORKER_STATE_READY,
     WorkerState.DRAINING: worker_pb2.WORKER_STATE_DRAINING,
     WorkerState.LOST: worker_pb2.WORKER_STATE_LOST,
@@ -134,25 +137,29 @@ def registration_from_pb(message: worker_registry_service_pb2.Register) -> Regis
     """Reads who a worker is.
 
     Raises:
-        InvalidArgument: a name has another form, or the worker could never run anything.
+        InvalidArgument: a name has another form, or the worker could never run anything. How much
+            one that is loading can run need not be known.
     """
     ids.parse_name(message.worker, WORKER_PATTERN, field="register.worker")
-    if not message.info.model_versions:
-        raise invalid_field("register.info.model_versions", FieldRule.REQUIRED, "must not be empty")
-    for index, version in enumerate(message.info.model_versions):
-        field = f"register.info.model_versions[{index}]"
-        ids.parse_name(version, VERSION_PATTERN, field=field)
-    if message.info.max_running < 1:
-        raise invalid_field(
-            "register.info.max_running", FieldRule.OUT_OF_RANGE, "must be at least 1"
-        )
+    is_loading = message.HasField("loading")
+    _check_info(message.info, "register.info", is_loaded=not is_loading)
     return Registration(
         worker=message.worker,
         incarnation=message.incarnation,
         endpoint=message.endpoint,
         info=info_from_pb(message.info),
         running=tuple(message.running_execution_ids),
+        loading=message.loading.SerializeToString() if is_loading else None,
     )
+
+
+def _check_info(info: engine_pb2.EngineInfo, path: str, *, is_loaded: bool) -> None:
+    if not info.model_versions:
+        raise invalid_field(f"{path}.model_versions", FieldRule.REQUIRED, "must not be empty")
+    for index, version in enumerate(info.model_versions):
+        ids.parse_name(version, VERSION_PATTERN, field=f"{path}.model_versions[{index}]")
+    if is_loaded and info.max_running < 1:
+        raise invalid_field(f"{path}.max_running", FieldRule.OUT_OF_RANGE, "must be at least 1")
 
 
 def heard_from_pb(
@@ -163,7 +170,7 @@ def heard_from_pb(
     What a newer worker says and this build does not know is a sign of life.
 
     Raises:
-        InvalidArgument: it registers a second time.
+        InvalidArgument: it registers a second time, or could never run anything.
     """
     match message.WhichOneof("message"):
         case "load":
@@ -177,6 +184,12 @@ def heard_from_pb(
             )
         case "drain":
             return DrainAsked(worker=worker, epoch=epoch)
+        case "loading":
+            loading = message.loading.SerializeToString()
+            return LoadingReported(worker=worker, epoch=epoch, loading=loading)
+        case "loaded":
+            _check_info(message.loaded, "loaded", is_loaded=True)
+            return Loaded(worker=worker, epoch=epoch, info=info_from_pb(message.loaded))
         case "register":
             raise invalid_field("register", FieldRule.CONFLICTING, "comes once, and first")
         case _:
@@ -194,6 +207,7 @@ def info_from_pb(message: engine_pb2.EngineInfo) -> EngineInfo:
         max_waiting=message.max_waiting,
         vocabulary_size=message.vocabulary_size,
         digest=message.digest,
+        kv_block_tokens=message.kv_block_tokens,
         capabilities=(
             message.capabilities.SerializeToString() if message.HasField("capabilities") else None
         ),
@@ -211,6 +225,7 @@ def info_to_pb(info: EngineInfo) -> engine_pb2.EngineInfo:
         max_waiting=info.max_waiting,
         vocabulary_size=info.vocabulary_size,
         digest=info.digest,
+        kv_block_tokens=info.kv_block_tokens,
         capabilities=(
             None
             if info.capabilities is None
@@ -262,4 +277,7 @@ def worker_to_pb(worker: Worker, time_of: Callable[[float], datetime]) -> worker
         slots_in_use=worker.used,
         connect_time=time_to_pb(time_of(worker.registered_s)),
         last_heartbeat_time=time_to_pb(time_of(worker.heard_s)),
+        loading=(
+            None if worker.loading is None else engine_pb2.LoadProgress.FromString(worker.loading)
+        ),
     )

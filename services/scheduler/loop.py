@@ -134,6 +134,7 @@ class Scheduler:
                 epoch=epoch,
                 endpoint=registration.endpoint,
                 running=len(registration.running),
+                is_loading=registration.loading is not None,
             )
             self._take(WorkerRegistered(registration=registration, epoch=epoch))
             yield connection
@@ -236,7 +237,8 @@ class Scheduler:
             cause=command.cause.value,
             current_epoch=command.current_epoch,
         )
-        metrics.WORKERS_LOST.labels(command.cause.value).inc()
+        if command.cause is not StreamEnd.OLDER_SERVES:
+            metrics.WORKERS_LOST.labels(command.cause.value).inc()
         connection = self._connections.get((command.worker, command.epoch))
         if connection is not None:
             connection.end(_stream_error(command))
@@ -281,6 +283,16 @@ def _stream_error(command: EndStream) -> MaasError:
         case StreamEnd.REPLACED:
             return FailedPrecondition(
                 "a newer registration of this worker has taken its place",
+                reason=Reason.FENCED,
+                metadata={
+                    "epoch": str(command.epoch),
+                    "currentEpoch": str(command.current_epoch),
+                },
+            )
+        case StreamEnd.OLDER_SERVES:
+            return FailedPrecondition(
+                "another process of this worker still serves: come again when it has ended, or"
+                " when the model is loaded",
                 reason=Reason.FENCED,
                 metadata={
                     "epoch": str(command.epoch),

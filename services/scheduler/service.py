@@ -96,12 +96,16 @@ class WorkerRegistryService(worker_registry_service_pb2_grpc.WorkerRegistryServi
                 with self._scheduler.connect(
                     registration, epoch, cut=lambda: scope.reschedule(0)
                 ) as connection:
-                    await context.write(self._welcome(epoch))
-                    await self._listen(context, connection)
+                    # Nothing is written to one that was refused at once: a status cannot be sent
+                    # while a message is.
+                    if connection.error is None:
+                        await context.write(self._welcome(epoch))
+                        await self._listen(context, connection)
         except TimeoutError:
             assert connection is not None
             assert connection.error is not None
-            raise connection.error from None
+        if connection.error is not None:
+            raise connection.error
 
     async def _read_register(self, context: Context) -> Registration:
         async with asyncio.timeout(self._config.lease_duration):

@@ -21,6 +21,7 @@ TICK_S = 0.2
 HEARTBEAT_S = 1.0
 WAIT_MAX_S = 4.0
 RUN_MAX_S = 5.0
+LOAD_MAX_S = 2.0
 VERSIONS = ("models/m/versions/1", "models/m/versions/2")
 # How many executions a worker queues in its engine beyond those it runs.
 WAITING_MAX = 2
@@ -50,6 +51,7 @@ class SimWorker:
     incarnation: str = ""
     is_alive: bool = False
     is_draining: bool = False
+    is_loading: bool = False
     epoch: int = 0
     stream: Stream | None = None
     running: set[str] = field(default_factory=set)

@@ -26,6 +26,7 @@ from services.scheduler.core.messages import (
     Grant,
     Input,
     Load,
+    Loaded,
     LoadReported,
     Priority,
     Refuse,
@@ -33,6 +34,7 @@ from services.scheduler.core.messages import (
     SlotAsked,
     SlotsReleased,
     StreamBroken,
+    StreamEnd,
     TakeBack,
     Tick,
     WorkerHeard,
@@ -45,6 +47,7 @@ from tests.sim.scheduler_orders import Orders
 from tests.sim.scheduler_parts import (
     FAULTS_S,
     HEARTBEAT_S,
+    LOAD_MAX_S,
     RUN_MAX_S,
     SETTINGS,
     SETTLE_S,
@@ -291,9 +294,25 @@ class World:
             return
         worker.is_alive = True
         worker.is_draining = False
-        worker.incarnation = f"i{next(self._order)}"
+        worker.incarnation = incarnation = f"i{next(self._order)}"
         worker.running.clear()
+        worker.is_loading = self.chance(0.5)
+        if worker.is_loading:
+            self.count("loading")
+            load_s = self.rng.uniform(0.0, LOAD_MAX_S)
+            self.after(load_s, lambda: self.finish_loading(worker, incarnation))
         self.connect(worker)
+
+    def finish_loading(self, worker: SimWorker, incarnation: str) -> None:
+        """The worker has loaded its model and says so, to a scheduler that knows it as loading."""
+        if not worker.is_alive or worker.incarnation != incarnation:
+            return
+        worker.is_loading = False
+        stream = worker.stream
+        if stream is not None and stream.is_open:
+            self.count("loaded")
+            info = info_of(worker)
+            self.send(stream, Loaded(worker=worker.name, epoch=stream.epoch, info=info))
 
     def connect(self, worker: SimWorker) -> None:
         """Registers: the epoch comes from the database, the registration a little later."""
@@ -312,6 +331,7 @@ class World:
             endpoint="host:1",
             info=info_of(worker),
             running=running,
+            loading=b"" if worker.is_loading else None,
         )
         self.after(delay_s, lambda: self.registered(stream, registration))
         if self.has_faults and self.chance(0.1):
@@ -325,8 +345,12 @@ class World:
         if not stream.is_open or stream.is_deaf:
             return
         before = self.state.workers.get(registration.worker)
-        self.feed(WorkerRegistered(registration=registration, epoch=stream.epoch))
+        commands = self.feed(WorkerRegistered(registration=registration, epoch=stream.epoch))
         known = self.state.workers[registration.worker]
+        ends = [item for item in commands if isinstance(item, EndStream)]
+        if any(item.cause is StreamEnd.OLDER_SERVES for item in ends):
+            self.claim(known is before, f"{known.name} was replaced while it serves")
+            return
         epochs = [stream.epoch, *([before.epoch] if before is not None else [])]
         self.claim(known.epoch == max(epochs), f"{known.name} has not its highest epoch")
         # Welcome: the worker refuses older epochs from now on.
@@ -377,7 +401,8 @@ class World:
     def start_execution(self, worker: SimWorker, execution_id: str, epoch: int) -> bool:
         """A gateway starts an execution; False when the worker refuses or cannot be reached."""
         is_full = len(worker.running) >= worker.capacity + WAITING_MAX
-        if not worker.is_alive or worker.is_draining or is_full or epoch < worker.epoch:
+        refuses = worker.is_draining or worker.is_loading or is_full or epoch < worker.epoch
+        if not worker.is_alive or refuses:
             if worker.is_alive and self.chance(0.5):
                 self.reported_refused.add(execution_id)
                 self.report(worker, ended=execution_id)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 class WorkerState(enum.Enum):
     """Whether a worker takes work."""
 
+    LOADING = "loading"
     READY = "ready"
     DRAINING = "draining"
     LOST = "lost"
@@ -42,11 +43,12 @@ class StreamEnd(enum.Enum):
 
     REPLACED = "replaced"
     LEASE_OVER = "lease over"
+    OLDER_SERVES = "older serves"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
-    """What a worker is; fixed for the life of its process. Fields as in maas.engine.v1.
+    """What a worker is; fixed once it has loaded its model. Fields as in maas.engine.v1.
 
     Attributes:
         capabilities: the worker's message, serialized: passed on and never looked into; None when
@@ -61,6 +63,7 @@ class EngineInfo:
     max_waiting: int
     vocabulary_size: int
     digest: str
+    kv_block_tokens: int = 0
     capabilities: bytes | None = None
 
 
@@ -84,8 +87,10 @@ class Registration:
         worker: name, stable over restarts.
         incarnation: random per process.
         endpoint: "host:port" of its EngineService.
-        info: what it is.
+        info: what it is; what is known before, of a worker that is loading.
         running: executions that run on it.
+        loading: how far it is with loading its model: the worker's message, serialized, passed on
+            and never looked into; None when it is loaded.
     """
 
     worker: str
@@ -93,6 +98,7 @@ class Registration:
     endpoint: str
     info: EngineInfo
     running: tuple[str, ...] = ()
+    loading: bytes | None = None
 
 
 # Inputs.
@@ -182,6 +188,20 @@ class ExecutionsReported(WorkerHeard):
 
     started: tuple[str, ...] = ()
     ended: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadingReported(WorkerHeard):
+    """A worker is so far with loading its model; as in Registration."""
+
+    loading: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded(WorkerHeard):
+    """A worker has loaded its model and takes work. Said once, by one that registered loading."""
+
+    info: EngineInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

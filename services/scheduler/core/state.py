@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
+from services.scheduler.core import messages
 from services.scheduler.core.messages import PRIORITIES, Load, Priority, Registration, WorkerState
 from services.scheduler.core.queue import FairQueue, Waiter
 
@@ -61,7 +62,7 @@ class Worker:
     """A registration of a worker, from its Register to its end.
 
     Attributes:
-        registration: what it said.
+        registration: what it said; with `info` of the loaded model once there is one.
         epoch: of this registration.
         state: whether it takes work.
         is_draining: it has said that it drains; outlives its being lost.
@@ -69,6 +70,7 @@ class Worker:
         heard_s: when it last said anything.
         lost_s: when it was lost.
         load: as last reported.
+        loading: how far it is with loading, as last reported; None once its model is loaded.
         slots: by execution id.
         spares: those of `slots` that are spares, by execution id, the latest last.
         used: places that the slots take.
@@ -85,6 +87,7 @@ class Worker:
     heard_s: float
     lost_s: float = 0.0
     load: Load | None = None
+    loading: bytes | None = None
     slots: dict[str, Slot] = field(default_factory=dict)
     spares: dict[str, Slot] = field(default_factory=dict)
     used: int = 0
@@ -177,9 +180,16 @@ class State:
         """Takes in a registration in place of an older one under its name, which is lost."""
         self.workers.pop(worker.name, None)
         self.workers[worker.name] = worker
-        if worker.state is WorkerState.READY:
-            for version in worker.registration.info.model_versions:
-                self.ready.setdefault(version, {})[worker.name] = worker
+        self._index_ready(worker)
+        self._touch(worker)
+
+    def finish_loading(self, worker: Worker, info: messages.EngineInfo) -> None:
+        """Notes what a worker is now that its model is loaded; it takes work unless it drains."""
+        worker.registration = replace(worker.registration, info=info, loading=None)
+        worker.loading = None
+        if worker.state is WorkerState.LOADING:
+            worker.state = WorkerState.READY
+        self._index_ready(worker)
         self._touch(worker)
 
     def withdraw(self, worker: Worker, state: WorkerState) -> None:
@@ -200,6 +210,11 @@ class State:
         for index, worker in enumerate(lost):
             if index < excess or worker.lost_s <= before_s:
                 del self.workers[worker.name]
+
+    def _index_ready(self, worker: Worker) -> None:
+        if worker.state is WorkerState.READY:
+            for version in worker.registration.info.model_versions:
+                self.ready.setdefault(version, {})[worker.name] = worker
 
     def _touch(self, worker: Worker) -> None:
         self._room_changes += 1

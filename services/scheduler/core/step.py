@@ -24,10 +24,13 @@ from services.scheduler.core.messages import (
     ExecutionsReported,
     Grant,
     Input,
+    Loaded,
+    LoadingReported,
     LoadReported,
     Priority,
     Refusal,
     Refuse,
+    Registration,
     SlotAsked,
     SlotsReleased,
     Spare,
@@ -293,6 +296,9 @@ class _Step:
         if older is not None and older.epoch >= event.epoch:
             self._end_stream(registration.worker, event.epoch, StreamEnd.REPLACED, older.epoch)
             return
+        if older is not None and _must_wait_for(older, event):
+            self._end_stream(registration.worker, event.epoch, StreamEnd.OLDER_SERVES, older.epoch)
+            return
         is_draining = False
         if older is not None:
             # A process that drains never stops doing so; that it does is lost with its stream.
@@ -303,10 +309,11 @@ class _Step:
         worker = Worker(
             registration=registration,
             epoch=event.epoch,
-            state=WorkerState.DRAINING if is_draining else WorkerState.READY,
+            state=_state_of(registration, is_draining=is_draining),
             is_draining=is_draining,
             registered_s=self._now_s,
             heard_s=self._now_s,
+            loading=registration.loading,
         )
         self._state.add_worker(worker)
         for execution_id in registration.running:
@@ -328,6 +335,8 @@ class _Step:
                     self._end(worker, execution_id)
             case LoadReported():
                 worker.load = event.load
+            case LoadingReported() | Loaded():
+                self._load(worker, event)
             case DrainAsked():
                 worker.is_draining = True
                 self._state.withdraw(worker, WorkerState.DRAINING)
@@ -336,6 +345,16 @@ class _Step:
                 self._lose(worker)
             case _:
                 pass  # A sign of life and nothing else.
+
+    def _load(self, worker: Worker, event: LoadingReported | Loaded) -> None:
+        # One that is loaded has nothing more to say about it.
+        if worker.loading is None:
+            return
+        if isinstance(event, LoadingReported):
+            worker.loading = event.loading
+            return
+        self._state.finish_loading(worker, event.info)
+        self._fill(worker)
 
     def _start(self, worker: Worker, execution_id: str) -> None:
         if execution_id in worker.ended:
@@ -431,6 +450,23 @@ def _is_of_use(slot: Slot, ask: SlotAsked) -> bool:
     """
     is_enough = slot.start_by_s is None or slot.places >= ask.places
     return is_enough and slot.worker.name not in ask.excluded
+
+
+def _state_of(registration: Registration, *, is_draining: bool) -> WorkerState:
+    if is_draining:
+        return WorkerState.DRAINING
+    return WorkerState.READY if registration.loading is None else WorkerState.LOADING
+
+
+def _must_wait_for(older: Worker, event: WorkerRegistered) -> bool:
+    """Tells whether a process that is loading finds another one at work under its name.
+
+    In a rolling restart the older one serves until the newer one can: that comes again until the
+    older one is gone, or replaces it once it is loaded.
+    """
+    is_at_work = older.state in (WorkerState.READY, WorkerState.DRAINING)
+    is_loading = event.registration.loading is not None
+    return is_loading and is_at_work and not _is_same_process(older, event)
 
 
 def _is_same_process(older: Worker, event: WorkerRegistered) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 
 import asyncpg
 import pytest
-from maas.catalog.v1 import model_pb2
+from maas.catalog.v1 import model_pb2, model_service_pb2_grpc
 from maas.catalog.v1 import model_service_pb2 as pb
 
 from libs.errors import AlreadyExists, FieldRule, InvalidArgument, NotFound, Reason
@@ -268,3 +268,31 @@ async def test_restart_keeps_everything(database: DatabaseFactory) -> None:
         second.clock.advance(3600)
         assert await get_version(second, version.name) == version
         assert await second.create_offering("tiny") == offering
+
+
+async def look_up(catalog: Catalog, name: str) -> model_pb2.ModelVersion:
+    stub = model_service_pb2_grpc.ModelServiceStub(catalog.gateway.channel)
+    request = pb.LookUpModelVersionRequest(name=name)
+    return (await catalog.gateway.call(stub.LookUpModelVersion, request)).model_version
+
+
+async def test_a_service_looks_a_version_up(catalog: Catalog) -> None:
+    """Which services may is said in test_authorization.py."""
+    await catalog.create_model("tiny")
+    made = await catalog.create_version("tiny", "1", VERSION)
+
+    got = await look_up(catalog, "models/tiny/versions/1")
+
+    assert got == made
+    assert got.digest == DIGEST
+
+
+@pytest.mark.parametrize("name", ["models/tiny/versions/2", "models/other/versions/1"])
+async def test_a_version_that_there_is_not_is_not_found(catalog: Catalog, name: str) -> None:
+    await catalog.create_model("tiny")
+    await catalog.create_version("tiny", "1", VERSION)
+
+    with pytest.raises(NotFound):
+        await look_up(catalog, name)
+    with pytest.raises(InvalidArgument):
+        await look_up(catalog, "tiny")

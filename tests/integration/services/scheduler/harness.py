@@ -238,6 +238,12 @@ class WorkerStream:
             setattr(load, name, value)
         await self.send(worker_registry_service_pb2.ConnectRequest(load=load))
 
+    async def loading(self, progress: engine_pb2.LoadProgress) -> None:
+        await self.send(worker_registry_service_pb2.ConnectRequest(loading=progress))
+
+    async def loaded(self, info: engine_pb2.EngineInfo) -> None:
+        await self.send(worker_registry_service_pb2.ConnectRequest(loaded=info))
+
     async def drain(self) -> None:
         drain = worker_registry_service_pb2.Drain()
         await self.send(worker_registry_service_pb2.ConnectRequest(drain=drain))
@@ -297,9 +303,11 @@ def register(
     versions: Sequence[str] = (VERSION,),
     running: Sequence[str] = (),
     incarnation: str = "one",
+    loading: engine_pb2.LoadProgress | None = None,
 ) -> worker_registry_service_pb2.Register:
     """What a worker says first."""
     return worker_registry_service_pb2.Register(
+        loading=loading,
         worker=f"workers/{name}",
         incarnation=incarnation,
         endpoint=f"{name}:50055",

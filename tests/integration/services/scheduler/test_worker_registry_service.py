@@ -7,11 +7,13 @@ from pathlib import Path
 
 import grpc
 import pytest
+from maas.engine.v1 import engine_pb2
 from maas.scheduler.v1 import worker_pb2, worker_registry_service_pb2
 
 from libs.errors import DeadlineExceeded, MaasError, Reason, Unavailable
 from libs.testing.relay import Relay
 from services.scheduler.config import SchedulerSection
+from services.scheduler.core.messages import WorkerState
 from tests.conftest import DatabaseFactory
 from tests.integration.services.scheduler.harness import (
     CONFIG,
@@ -80,6 +82,25 @@ async def test_a_restart_of_the_scheduler_is_a_wait_and_no_refusal(
             with pytest.raises(Unavailable) as caught:
                 await call
         assert caught.value.reason is Reason.NO_READY_WORKER
+
+
+async def test_a_newer_process_that_loads_is_sent_away_while_the_older_serves(
+    suite: Running,
+) -> None:
+    loading = register(incarnation="two", loading=engine_pb2.LoadProgress())
+    async with suite.connecting() as newer:
+        async with suite.registered(incarnation="one") as older:
+            await newer.send(worker_registry_service_pb2.ConnectRequest(register=loading))
+            error = await newer.error()
+
+            assert error.reason is Reason.FENCED
+            assert error.metadata["currentEpoch"] == str(older.epoch)
+            assert (await suite.acquire("e1")).target.epoch == older.epoch
+        await until(lambda: suite.scheduler.workers()[0].state is WorkerState.LOST)
+    async with suite.connecting() as newer:
+        await newer.register(loading)
+
+        assert (await suite.worker_named()).state == worker_pb2.WORKER_STATE_LOADING
 
 
 async def test_what_a_gateway_placed_by_itself_is_counted(suite: Running) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from maas.engine.v1 import engine_pb2
 from maas.scheduler.v1 import worker_pb2
 
 from libs.errors import InvalidArgument, Reason
@@ -89,6 +90,28 @@ async def test_a_watch_follows_what_workers_are(suite: Running) -> None:
     assert (new.endpoint, new.epoch) == ("a:50055", worker.epoch)
     assert draining.state == worker_pb2.WORKER_STATE_DRAINING
     assert lost.state == worker_pb2.WORKER_STATE_LOST
+
+
+async def test_a_loading_worker_is_listed_with_its_progress_and_watched(suite: Running) -> None:
+    checking = engine_pb2.LoadProgress(stage=engine_pb2.LOAD_STAGE_CHECKING)
+    loading = engine_pb2.LoadProgress(stage=engine_pb2.LOAD_STAGE_LOADING, fraction=0.5)
+    loaded = register(capacity=3)
+    async with suite.watching() as watch, suite.connecting() as worker:
+        await watch.read()
+        await worker.register(register(capacity=0, loading=checking))
+        first = await watch.change()
+        listed = await suite.worker_named()
+        await worker.loading(loading)
+        await until(lambda: suite.scheduler.workers()[0].loading == loading.SerializeToString())
+        later = await suite.worker_named()
+        await worker.loaded(loaded.info)
+        ready = await watch.change()
+
+    assert (first.state, first.loading) == (worker_pb2.WORKER_STATE_LOADING, checking)
+    assert (listed.state, listed.loading) == (worker_pb2.WORKER_STATE_LOADING, checking)
+    assert later.loading == loading
+    assert (ready.state, ready.info) == (worker_pb2.WORKER_STATE_READY, loaded.info)
+    assert not ready.HasField("loading")
 
 
 async def test_a_watch_shows_a_replacement(suite: Running) -> None:

@@ -23,6 +23,8 @@ from services.scheduler.core.messages import (
     ExecutionsReported,
     Grant,
     Load,
+    Loaded,
+    LoadingReported,
     LoadReported,
     Priority,
     Spare,
@@ -234,9 +236,14 @@ def test_what_workers_say_is_told_apart() -> None:
         started_execution_ids=["e1"], ended_execution_ids=["e2", "e3"]
     )
 
+    progress = engine_pb2.LoadProgress(stage=engine_pb2.LOAD_STAGE_LOADING, fraction=0.5)
+    info = register_of("a").info
+
     got = [
         convert.heard_from_pb(message, "workers/a", 3)
         for message in (
+            request(loading=progress),
+            request(loaded=info),
             request(load=engine_pb2.LoadReport(running=1)),
             request(executions=report),
             request(drain=worker_registry_service_pb2.Drain()),
@@ -245,11 +252,56 @@ def test_what_workers_say_is_told_apart() -> None:
     ]
 
     assert got == [
+        LoadingReported(worker="workers/a", epoch=3, loading=progress.SerializeToString()),
+        Loaded(worker="workers/a", epoch=3, info=convert.info_from_pb(info)),
         LoadReported(worker="workers/a", epoch=3, load=Load(running=1)),
         ExecutionsReported(worker="workers/a", epoch=3, started=("e1",), ended=("e2", "e3")),
         DrainAsked(worker="workers/a", epoch=3),
         WorkerHeard(worker="workers/a", epoch=3),
     ]
+
+
+def register_of(worker: str, **info: object) -> worker_registry_service_pb2.Register:
+    values: dict[str, object] = {"model_versions": [VERSION], "max_running": 2, **info}
+    return worker_registry_service_pb2.Register(
+        worker=f"workers/{worker}",
+        incarnation="one",
+        endpoint=f"{worker}:1",
+        info=engine_pb2.EngineInfo(**values),  # type: ignore[arg-type]  # any field
+    )
+
+
+def test_what_a_loading_worker_can_run_need_not_be_known() -> None:
+    message = register_of("a", max_running=0)
+    with pytest.raises(InvalidArgument) as caught:
+        convert.registration_from_pb(message)
+    assert caught.value.violations[0].field == "register.info.max_running"
+    message.loading.SetInParent()
+
+    assert convert.registration_from_pb(message).loading == b""
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("max_running", 0), ("model_versions", []), ("model_versions", ["m"])]
+)
+def test_a_loaded_worker_can_run_something(field: str, value: object) -> None:
+    loaded = register_of("a", **{field: value}).info
+    message = worker_registry_service_pb2.ConnectRequest(loaded=loaded)
+
+    with pytest.raises(InvalidArgument) as caught:
+        convert.heard_from_pb(message, "workers/a", 3)
+
+    assert caught.value.violations[0].field.startswith(f"loaded.{field}")
+
+
+def test_a_loading_worker_is_written_with_how_far_it_is() -> None:
+    progress = engine_pb2.LoadProgress(stage=engine_pb2.LOAD_STAGE_CHECKING, fraction=0.25)
+    core = Core()
+    core.register("a", loading=progress.SerializeToString())
+
+    got = convert.worker_to_pb(core.worker("a"), lambda _: datetime(2026, 1, 1, tzinfo=UTC))
+
+    assert (got.state, got.loading) == (worker_pb2.WORKER_STATE_LOADING, progress)
 
 
 def test_registering_twice_is_refused() -> None:

@@ -313,7 +313,7 @@ async def test_the_gauges_show_the_state_once_a_second(running: Rig) -> None:
 
     assert shown.queued == {VERSION: 1}
     assert shown.slots_in_use == {"workers/a": 1}
-    assert shown.workers == {"ready": 1, "draining": 0, "lost": 0}
+    assert shown.workers == {"loading": 0, "ready": 1, "draining": 0, "lost": 0}
     samples = {
         (sample.name, *sample.labels.values()): sample.value
         for family in metrics.GAUGES.collect()

@@ -15,6 +15,8 @@ from services.scheduler.core.messages import (
     Grant,
     Input,
     Load,
+    Loaded,
+    LoadingReported,
     LoadReported,
     Priority,
     Refusal,
@@ -61,22 +63,28 @@ def registration(
     versions: tuple[str, ...] = (VERSION,),
     running: tuple[str, ...] = (),
     incarnation: str = "one",
+    loading: bytes | None = None,
 ) -> Registration:
     return Registration(
         worker=f"workers/{worker}",
         incarnation=incarnation,
         endpoint=f"{worker}:1",
         running=running,
-        info=EngineInfo(
-            engine="sim",
-            engine_version="1",
-            model_versions=versions,
-            context_length=4096,
-            max_running=capacity,
-            max_waiting=0,
-            vocabulary_size=100,
-            digest="",
-        ),
+        info=info(capacity=capacity, versions=versions),
+        loading=loading,
+    )
+
+
+def info(*, capacity: int = 1, versions: tuple[str, ...] = (VERSION,)) -> EngineInfo:
+    return EngineInfo(
+        engine="sim",
+        engine_version="1",
+        model_versions=versions,
+        context_length=4096,
+        max_running=capacity,
+        max_waiting=0,
+        vocabulary_size=100,
+        digest="",
     )
 
 
@@ -146,10 +154,16 @@ class Core:
         versions: tuple[str, ...] = (VERSION,),
         running: tuple[str, ...] = (),
         incarnation: str = "one",
+        loading: bytes | None = None,
     ) -> list[Command]:
         self.epochs[worker] = next(self._epochs)
         registered = registration(
-            worker, capacity=capacity, versions=versions, running=running, incarnation=incarnation
+            worker,
+            capacity=capacity,
+            versions=versions,
+            running=running,
+            incarnation=incarnation,
+            loading=loading,
         )
         return self.send(WorkerRegistered(registration=registered, epoch=self.epochs[worker]))
 
@@ -171,6 +185,22 @@ class Core:
     def load(self, worker: str, load: Load) -> list[Command]:
         return self.send(
             LoadReported(worker=f"workers/{worker}", epoch=self.epochs[worker], load=load)
+        )
+
+    def loading(self, worker: str, loading: bytes) -> list[Command]:
+        return self.send(
+            LoadingReported(worker=f"workers/{worker}", epoch=self.epochs[worker], loading=loading)
+        )
+
+    def loaded(
+        self, worker: str, *, capacity: int = 1, versions: tuple[str, ...] = (VERSION,)
+    ) -> list[Command]:
+        return self.send(
+            Loaded(
+                worker=f"workers/{worker}",
+                epoch=self.epochs[worker],
+                info=info(capacity=capacity, versions=versions),
+            )
         )
 
     def drain(self, worker: str) -> list[Command]:
