@@ -13,7 +13,8 @@ from services.worker.admission import Admission
 from services.worker.convert import info_to_pb
 from services.worker.embedding import Embedder
 from services.worker.engine.base import Engine, EngineInfo
-from services.worker.executions import Executions, Limits
+from services.worker.executions import Executions
+from services.worker.kv_watch import KvLog
 from services.worker.model import Model
 from services.worker.preparation import Preparation
 from services.worker.reports import Reports
@@ -47,7 +48,8 @@ def assemble(
     clock: Clock,
     worker: str,
     versions: Sequence[str],
-    limits: Limits,
+    max_waiting: int,
+    reports: Reports | None = None,
 ) -> Assembly:
     """Puts a worker together.
 
@@ -60,12 +62,14 @@ def assemble(
         clock: for deadlines.
         worker: "workers/{name}".
         versions: "models/{model}/versions/{version}" that are served.
-        limits: what bounds its executions.
+        max_waiting: outputs that may be here beyond those that the engine runs.
+        reports: where starts and ends are noted for the scheduler; None makes one.
     """
-    reports = Reports()
+    reports = reports if reports is not None else Reports()
     admission = Admission(
         info, model.prompts, versions, capabilities=model.capabilities, formats=model.formats
     )
+    kv_log = KvLog(info.abilities.kv_block_tokens, clock=clock, worker=worker)
     executions = Executions(
         engine,
         info,
@@ -74,14 +78,15 @@ def assemble(
         pieces=model.pieces,
         reports=reports,
         preparation=preparation,
+        kv_log=kv_log,
         clock=clock,
         worker=worker,
-        limits=limits,
+        max_waiting=max_waiting,
     )
     described = info_to_pb(
         info,
         model_versions=versions,
-        max_waiting=limits.max_waiting,
+        max_waiting=max_waiting,
         capabilities=model.capabilities,
     )
     embedder = Embedder(
@@ -101,5 +106,6 @@ def assemble(
         admission=admission,
         vocabulary=model.vocabulary,
         preparation=preparation,
+        kv_log=kv_log,
     )
     return Assembly(executions=executions, reports=reports, described=described, service=service)

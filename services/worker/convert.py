@@ -9,7 +9,14 @@ from maas.engine.v1 import engine_pb2
 from maas.inference.v1 import generation_pb2
 
 from libs.errors import MaasError
-from services.worker.engine.base import Ended, EndReason, EngineInfo, EngineLoad
+from services.worker.engine.base import (
+    Ended,
+    EndReason,
+    EngineInfo,
+    EngineLoad,
+    LoadProgress,
+    LoadStage,
+)
 
 _FINISH_REASONS = {
     EndReason.END_OF_SEQUENCE: generation_pb2.FINISH_REASON_END,
@@ -17,6 +24,12 @@ _FINISH_REASONS = {
     EndReason.MAX_TOKENS: generation_pb2.FINISH_REASON_MAX_TOKENS,
     EndReason.CONTEXT_FULL: generation_pb2.FINISH_REASON_CONTEXT_FULL,
     EndReason.CONSTRAINT_LIMIT: generation_pb2.FINISH_REASON_CONSTRAINT_LIMIT,
+}
+
+_LOAD_STAGES = {
+    LoadStage.CHECKING: engine_pb2.LOAD_STAGE_CHECKING,
+    LoadStage.LOADING: engine_pb2.LOAD_STAGE_LOADING,
+    LoadStage.WARMING: engine_pb2.LOAD_STAGE_WARMING,
 }
 
 
@@ -81,6 +94,7 @@ def info_to_pb(
         vocabulary_size=info.vocabulary_size,
         digest=info.digest,
         capabilities=capabilities,
+        kv_block_tokens=info.abilities.kv_block_tokens,
     )
 
 
@@ -99,3 +113,8 @@ def load_to_pb(load: EngineLoad, *, preparing: int) -> engine_pb2.LoadReport:
         kv_total_tokens=load.kv_total_tokens,
         resident_adapters=load.resident_adapters,
     )
+
+
+def progress_to_pb(progress: LoadProgress) -> engine_pb2.LoadProgress:
+    """Describes how far a starting engine is."""
+    return engine_pb2.LoadProgress(stage=_LOAD_STAGES[progress.stage], fraction=progress.fraction)

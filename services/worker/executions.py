@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import structlog
 from maas.engine.v1 import engine_pb2
@@ -38,6 +37,7 @@ from services.worker.alarm import Alarm
 from services.worker.convert import failure_to_pb, time_limit_to_pb
 from services.worker.delivery import Delivery
 from services.worker.engine.base import Ended, EndReason, Engine, EngineDied, EngineInfo, Lane
+from services.worker.kv_watch import KvLog
 from services.worker.places import Places
 from services.worker.preparation import Preparation, guarded
 from services.worker.prompt import is_short, work_of
@@ -53,19 +53,6 @@ log = structlog.get_logger(__name__)
 WATCH_TICK_S = 0.02
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What bounds the executions of a worker.
-
-    Attributes:
-        max_waiting: outputs that may be here beyond those that the engine runs.
-        abort_within_s: longest time that an output that was stopped may take to end.
-    """
-
-    max_waiting: int
-    abort_within_s: float
-
-
 class Executions:
     """All executions of the process. Belongs to one event loop."""
 
@@ -79,18 +66,19 @@ class Executions:
         pieces: TokenPieces,
         reports: Reports,
         preparation: Preparation,
+        kv_log: KvLog,
         clock: Clock,
         worker: str,
-        limits: Limits,
+        max_waiting: int,
     ) -> None:
         self._engine = engine
         self._admission = admission
         self._adapters = adapters
         self._pieces = pieces
         self._preparation = preparation
+        self._kv_log = kv_log
         self._clock = clock
         self._worker = worker
-        self._abort_within_s = limits.abort_within_s
         self._streams: set[Stream] = set()
         self._delivery = Delivery(pieces, on_stopped=self._stopped, on_ended=self._end)
         # By lane of the engine: outputs whose end is only waited for.
@@ -98,7 +86,7 @@ class Executions:
         self._preparing = 0
         self._lanes = 0
         self._alarm = Alarm(clock, WATCH_TICK_S)
-        most = info.max_running + limits.max_waiting
+        most = info.max_running + max_waiting
         self._places = Places(reports, self._alarm, worker=worker, most=most)
 
     @property
@@ -213,33 +201,42 @@ class Executions:
         """
         try:
             while True:
-                self._delivery.deliver(await self._engine.next_step())
+                batch = await self._engine.next_step()
+                self._delivery.deliver(batch)
+                if batch.kv_events:
+                    self._kv_log.add(batch.kv_events)
                 for stream in self._streams:
                     stream.outbox.wake()
         except EngineDied:
-            self._die()
+            self.die()
             raise
 
     async def watch(self) -> None:
-        """Ends executions whose time is up, and watches that what is stopped ends.
-
-        Raises:
-            EngineDied: an output that was stopped did not end: the engine hangs. All executions
-                have been told.
-        """
+        """Ends executions whose time is up, for ever."""
         while True:
             await self._alarm.wait()
             now_s = self._clock.monotonic_s()
             if now_s >= self._places.earliest_s:
                 self._expire(now_s)
-            oldest = next(iter(self._ending.values()), None)
-            if oldest is not None:
-                hung_s = oldest.stopped_s + self._abort_within_s
-                if now_s >= hung_s:
-                    self._die()
-                    raise EngineDied(f"an execution did not end within {self._abort_within_s:g} s")
-                self._alarm.set_by(hung_s)
             self._alarm.set_by(self._places.earliest_s)
+
+    def die(self) -> None:
+        """Tells everybody that the engine is gone, or hangs. May be repeated."""
+        if self._places.refusing is runs.lost:
+            return
+        self._places.refusing = runs.lost
+        for place in self._places:
+            place.failure = runs.lost(self._worker)
+            for run in place.runs:
+                run.tell_failure(place.failure)
+            metrics.EXECUTIONS.labels(place.failure.reason.value).inc()
+            if place.stop is not None:
+                place.stop()
+            else:
+                self._places.forget(place)
+        self._delivery.clear()
+        self._ending.clear()
+        self._close_streams(runs.lost)
 
     async def drain(self) -> None:
         """Refuses what is new and waits for the rest; when cancelled, stops the rest."""
@@ -368,8 +365,6 @@ class Executions:
         assert lane is not None
         self._delivery.pop(lane)
         self._ending[lane] = run
-        run.stopped_s = self._clock.monotonic_s()
-        self._alarm.set_by(run.stopped_s + self._abort_within_s)
         self._engine.abort(lane)
 
     def _end(self, ended: Ended) -> None:
@@ -460,25 +455,10 @@ class Executions:
                 self._stopped(run, time_limit_to_pb())
                 run.outbox.wake_soon()
 
-    def _die(self) -> None:
-        """Tells everybody that the engine is gone."""
-        self._places.refusing = runs.lost
-        for place in self._places:
-            place.failure = runs.lost(self._worker)
-            for run in place.runs:
-                run.tell_failure(place.failure)
-            metrics.EXECUTIONS.labels(place.failure.reason.value).inc()
-            if place.stop is not None:
-                place.stop()
-            else:
-                self._places.forget(place)
-        self._delivery.clear()
-        self._ending.clear()
-        self._close_streams(runs.lost)
-
     def _close_streams(self, error: Callable[[str], MaasError]) -> None:
         for stream in self._streams:
             stream.outbox.close(error(self._worker))
+        self._kv_log.close(error)
 
 
 def _is_quick(execution: engine_pb2.Execution) -> bool:

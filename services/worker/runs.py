@@ -98,7 +98,6 @@ class Run:
         lane: on that stream.
         interval_s: in which its reader collects output; 0 for a reader that wants it at once.
         engine_lane: in the engine; None while it is being prepared.
-        stopped_s: monotonic, when the engine was asked to end it.
         text: its text layer; None while every token is whole text of its own.
         rich: what it shows besides text; None for text alone.
         matcher: finds its stop sequences; None for none.
@@ -122,7 +121,6 @@ class Run:
         "outbox",
         "place",
         "rich",
-        "stopped_s",
         "stream",
         "text",
     )
@@ -134,7 +132,6 @@ class Run:
         self.lane = lane
         self.interval_s = interval_s
         self.engine_lane: Lane | None = None
-        self.stopped_s = UNLIMITED_S
         self.text: OutputText | None = None
         self.rich: RichOutput | None = None
         self.matcher: StopMatcher | None = None

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from maas.engine.v1 import engine_pb2, engine_service_pb2_grpc
 from maas.engine.v1 import engine_service_pb2 as engine_service_pb
 from typing_extensions import override
 
-from libs.errors import MaasError, NotImplementedHere
+from libs.errors import MaasError
 from services.worker.admission import Admission
 from services.worker.convert import load_to_pb
 from services.worker.embedding import Embedder
 from services.worker.engine.base import Engine
 from services.worker.executions import Executions
+from services.worker.kv_convert import changes_to_pb
+from services.worker.kv_watch import KvLog
 from services.worker.preparation import Preparation
 from services.worker.prompt import work_of
 from services.worker.runs import Stream
@@ -46,6 +49,7 @@ class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
         admission: Admission,
         vocabulary: Vocabulary,
         preparation: Preparation,
+        kv_log: KvLog,
     ) -> None:
         self._engine = engine
         self._executions = executions
@@ -54,6 +58,7 @@ class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
         self._admission = admission
         self._vocabulary = vocabulary
         self._preparation = preparation
+        self._kv_log = kv_log
 
     @override
     async def ExecuteMany(self, _: object, context: Context) -> None:  # type: ignore[override]  # reads and writes by itself (facts.md), where the stub expects iterators
@@ -132,10 +137,11 @@ class EngineService(engine_service_pb2_grpc.EngineServiceServicer):
     @override
     async def WatchKvEvents(
         self, _: engine_service_pb.WatchKvEventsRequest, __: Context
-    ) -> AsyncIterator[engine_service_pb.WatchKvEventsResponse]:
-        """Streams what the prefix cache holds, and its changes."""
-        raise NotImplementedHere("the engine does not tell what its prefix cache holds")
-        yield  # type: ignore[unreachable]  # makes it an async generator
+    ) -> AsyncGenerator[engine_service_pb.WatchKvEventsResponse, None]:
+        """Streams what the prefix cache holds, then its changes, then signs of life."""
+        async with aclosing(self._kv_log.watch()) as watch:
+            async for changes in watch:
+                yield changes_to_pb(changes)
 
     @override
     async def GetLoad(

@@ -11,16 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
 import os
-import signal
 import socket
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -41,6 +34,7 @@ from services.worker.engine.base import (
     Tell,
 )
 from services.worker.engine.child_calls import Calls
+from services.worker.engine.child_processes import ChildProcess, ChildProgram
 from services.worker.engine.wire import (
     VERSION,
     Counters,
@@ -65,33 +59,10 @@ from services.worker.engine.wire_facts import (
     unpack_ready,
 )
 
-_ROOT: Final = Path(__file__).parents[3]
-_REAP_TICK_S: Final = 0.005
 _STOPPED: Final = "the engine was stopped"
-_LAST_WORDS_MAX: Final = 1 << 16
-_LAST_WORDS_SHOWN: Final = 400
 _LOAD_UNKNOWN: Final = EngineLoad(
     running=None, waiting=None, waiting_tokens=None, kv_used_tokens=None, kv_total_tokens=None
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChildProgram:
-    """What runs as the child.
-
-    Attributes:
-        module: run with `python -m`; its argument is the socket's descriptor.
-        name: of its process, for messages.
-        exit_timeout_s: how long a child whose socket is closed may take to exit before it and
-            all that it started are killed.
-        interpreter: Python that runs it; None for the one that runs here. Another one finds this
-            checkout and nothing else of what is installed here.
-    """
-
-    module: str
-    name: str
-    exit_timeout_s: float = 1.0
-    interpreter: Path | None = None
 
 
 class ChildEngine:
@@ -110,8 +81,9 @@ class ChildEngine:
         self._settings = dict(settings)
         self._start_timeout_s = start_timeout_s
         self._kv_total_tokens: int | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: ChildProcess | None = None
         self._transport: asyncio.WriteTransport | None = None
+        self._stderr_fd: int | None = None
         self._tell: Tell | None = None
         self._ready: asyncio.Future[EngineInfo] | None = None
         self._reaped: asyncio.Future[str] | None = None
@@ -280,11 +252,12 @@ class ChildEngine:
         ours, theirs = socket.socketpair()
         with theirs:
             try:
-                self._process = _spawn(self._program, theirs)
+                self._process = ChildProcess(self._program, theirs)
             except OSError as error:
                 ours.close()
                 raise EngineStartError(f"no process can be started: {error}") from error
         self._reaped = loop.create_future()
+        self._watch_stderr(loop, self._process)
         ours.setblocking(False)
         try:
             transport, _ = await loop.create_unix_connection(lambda: _Link(self), sock=ours)
@@ -331,9 +304,10 @@ class ChildEngine:
             return
         self._is_link_lost = True
         self._death = self._death or f"the {self._program.name} process ended"
-        waiting = asyncio.get_running_loop().run_in_executor(
-            None, _reap, self._process, self._program
-        )
+        loop = asyncio.get_running_loop()
+        # From here on stderr is read by whoever waits for the end.
+        self._unwatch_stderr(loop)
+        waiting = loop.run_in_executor(None, self._process.reap)
         waiting.add_done_callback(self._on_reaped)
 
     def _on_step(self, body: bytes) -> None:
@@ -365,9 +339,24 @@ class ChildEngine:
         if self._reaped is not None and not self._reaped.done():
             self._reaped.set_result(how)
 
+    def _watch_stderr(self, loop: asyncio.AbstractEventLoop, process: ChildProcess) -> None:
+        descriptor = process.stderr_fd
+        if descriptor is not None:
+            self._stderr_fd = descriptor
+            loop.add_reader(descriptor, self._on_stderr, loop, process)
+
+    def _on_stderr(self, loop: asyncio.AbstractEventLoop, process: ChildProcess) -> None:
+        if not process.read_stderr():
+            self._unwatch_stderr(loop)
+
+    def _unwatch_stderr(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._stderr_fd is not None:
+            loop.remove_reader(self._stderr_fd)
+            self._stderr_fd = None
+
     def _kill(self) -> None:
-        if self._process is not None and self._process.returncode is None:
-            _kill_group(self._process)
+        if self._process is not None:
+            self._process.kill()
 
 
 class _Link(asyncio.Protocol):
@@ -395,64 +384,3 @@ def _has_any(batch: StepBatch) -> bool:
 
 def _sum_known(known: int | None, more: int) -> int | None:
     return None if known is None else known + more
-
-
-def _spawn(program: ChildProgram, theirs: socket.socket) -> subprocess.Popen[bytes]:
-    """Starts the child from this thread: on Linux it dies with the thread that started it."""
-    process = subprocess.Popen(
-        [str(program.interpreter or sys.executable), "-m", program.module, str(theirs.fileno())],
-        # The same checkout as ours, wherever we were started: `-m` looks there first.
-        cwd=_ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        pass_fds=[theirs.fileno()],
-        # A group of its own, so that what it starts can be ended with it. The terminal's Ctrl-C and
-        # a supervisor's SIGTERM are for this process, which drains and needs the child for it.
-        start_new_session=True,
-    )
-    if process.stderr is not None:
-        os.set_blocking(process.stderr.fileno(), False)
-    return process
-
-
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Kills a child and what it started, should any of it be alive."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def _has_ended(process: subprocess.Popen[bytes]) -> bool:
-    """Whether a child has ended, leaving it to be waited for."""
-    flags = os.WEXITED | os.WNOWAIT | os.WNOHANG
-    try:
-        return os.waitid(os.P_PID, process.pid, flags) is not None
-    except ChildProcessError:
-        return True
-
-
-def _reap(process: subprocess.Popen[bytes], program: ChildProgram) -> str:
-    """Waits for a child whose socket is closed, kills it if need be; says how it ended."""
-    give_up_s = time.perf_counter() + program.exit_timeout_s
-    while not _has_ended(process) and time.perf_counter() < give_up_s:
-        time.sleep(_REAP_TICK_S)
-    # Before it is waited for: until then its number, which is the group's, is nobody else's.
-    _kill_group(process)
-    process.wait()
-    status = process.returncode
-    how = f"exited with status {status}"
-    if status < 0:
-        with contextlib.suppress(ValueError):
-            how = f"was killed by {signal.Signals(-status).name}"
-    words = _last_words(process)
-    return f"the {program.name} process {how}" + (f": {words}" if words else "")
-
-
-def _last_words(process: subprocess.Popen[bytes]) -> str:
-    """The last line on a dead child's stderr."""
-    if process.stderr is None:
-        return ""
-    with process.stderr as stream:
-        words = stream.read(_LAST_WORDS_MAX) or b""
-    lines = words.decode("utf-8", "replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")[:_LAST_WORDS_SHOWN]

@@ -18,9 +18,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from libs.chat_rules import JsonObject, JsonValue
 from services.worker.engine.base import AdapterUnusable
 from services.worker.engine.hf_digest import digest_of_files
 from services.worker.engine.hf_files import (
@@ -34,6 +33,10 @@ from services.worker.engine.hf_files import (
 from services.worker.engine.hf_model import HfModel
 from services.worker.engine.hf_safetensors import Tensor, read_tensors
 from services.worker.engine.hf_weights import matrix_name
+
+if TYPE_CHECKING:
+    # The engine's own Python has no libs.
+    from libs.chat_rules import JsonObject, JsonValue
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"

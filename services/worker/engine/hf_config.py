@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from libs.chat_rules import JsonObject, JsonValue
 from services.worker.engine.hf_files import (
     HfFileError,
     int_in,
@@ -16,6 +15,10 @@ from services.worker.engine.hf_files import (
     text_in,
 )
 from services.worker.engine.hf_weights import HfWeights
+
+if TYPE_CHECKING:
+    # The engine's own Python has no libs.
+    from libs.chat_rules import JsonObject, JsonValue
 
 CONTROLS: Final = ("bos_token", "eos_token", "unk_token")
 """Named tokens that control even where they were not added as special ones.

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
-from libs.chat_rules import JsonObject, JsonValue
+if TYPE_CHECKING:
+    # The engine's own Python has no libs.
+    from libs.chat_rules import JsonObject, JsonValue
 
 CONFIG_BYTES_MAX: Final = 16 << 20
 TOKENIZER_BYTES_MAX: Final = 64 << 20

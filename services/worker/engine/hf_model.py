@@ -18,9 +18,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from libs.chat_rules import JsonObject, JsonValue
 from services.worker.engine.base import EngineStartError
 from services.worker.engine.hf_config import (
     named_tokens,
@@ -38,6 +37,10 @@ from services.worker.engine.hf_files import (
 )
 from services.worker.engine.hf_vocabulary import find_token_id
 from services.worker.engine.hf_weights import HfWeights, read_weights
+
+if TYPE_CHECKING:
+    # The engine's own Python has no libs.
+    from libs.chat_rules import JsonObject, JsonValue
 
 CONTEXT_MAX: Final = 1 << 30
 

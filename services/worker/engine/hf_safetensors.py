@@ -13,10 +13,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from libs.chat_rules import JsonObject, JsonValue
 from services.worker.engine.hf_files import HfFileError, int_in, object_in, parse_object, text_in
+
+if TYPE_CHECKING:
+    # The engine's own Python has no libs.
+    from libs.chat_rules import JsonObject, JsonValue
 
 HEADER_BYTES_MAX: Final = 32 << 20
 """Longest header; the largest files have a tenth of it."""

@@ -10,10 +10,13 @@ Strip at the beginning) have nothing to do.
 from __future__ import annotations
 
 import re
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
-from libs.chat_rules import JsonObject, JsonValue
 from services.worker.engine.hf_files import HfFileError, object_in, objects_in, text_in
+
+if TYPE_CHECKING:
+    # The engine's own Python has no libs.
+    from libs.chat_rules import JsonObject, JsonValue
 
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _MARK: Final = "\N{LOWER ONE EIGHTH BLOCK}"

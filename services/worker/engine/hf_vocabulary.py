@@ -18,11 +18,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from libs.chat_rules import JsonObject, JsonValue
 from services.worker.engine.hf_files import HfFileError, int_in, object_in, objects_in, text_in
 from services.worker.engine.hf_spelling import speller_of
+
+if TYPE_CHECKING:
+    # The engine's own Python has no libs.
+    from libs.chat_rules import JsonObject, JsonValue
 
 _TOKEN_PAIR: Final = 2
 

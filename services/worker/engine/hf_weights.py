@@ -11,9 +11,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from libs.chat_rules import JsonObject
 from services.worker.engine.hf_files import (
     INDEX_BYTES_MAX,
     HfFileError,
@@ -24,6 +23,10 @@ from services.worker.engine.hf_files import (
     text_in,
 )
 from services.worker.engine.hf_safetensors import Tensor, read_tensors
+
+if TYPE_CHECKING:
+    # The engine's own Python has no libs.
+    from libs.chat_rules import JsonObject
 
 _WEIGHTS: Final = ".safetensors"
 _INDEX: Final = ".safetensors.index.json"

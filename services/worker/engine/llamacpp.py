@@ -18,7 +18,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from services.worker.engine.child_engine import ChildEngine, ChildProgram
+from services.worker.engine.child_engine import ChildEngine
+from services.worker.engine.child_processes import ChildProgram
 from services.worker.engine.wire_facts import Setting
 
 _PROGRAM: Final = ChildProgram(module="services.worker.engine.llamacpp_child", name="llama.cpp")
@@ -47,6 +48,8 @@ class LlamaCppEngine(ChildEngine):
         prefill_tokens: most prompt tokens in one step, which is what a long prompt adds to the
             time until the other lanes' next token.
         start_timeout_s: most time that loading may take, hashing the file included.
+        expected_digest: "sha256:<hex>" that the file has to have, compared before llama.cpp reads
+            any of it; None for any.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class LlamaCppEngine(ChildEngine):
         kv_dtype_v: str = "f16",
         prefill_tokens: int = 128,
         start_timeout_s: float = 600.0,
+        expected_digest: str | None = None,
     ) -> None:
         settings: dict[str, Setting] = {
             "path": str(model_path.absolute()),
@@ -69,5 +73,6 @@ class LlamaCppEngine(ChildEngine):
             "kv_dtype_k": kv_dtype_k,
             "kv_dtype_v": kv_dtype_v,
             "prefill_tokens": prefill_tokens,
+            "expected_digest": expected_digest,
         }
         super().__init__(_PROGRAM, settings, start_timeout_s=start_timeout_s)

@@ -16,10 +16,7 @@ Never: imports grpc, asyncio or xllamacpp's Python side; listens on anything but
 from __future__ import annotations
 
 import concurrent.futures
-import ctypes
-import hashlib
 import os
-import signal
 import socket
 import sys
 from pathlib import Path
@@ -37,6 +34,8 @@ from services.worker.engine.base import (
     LoadProgress,
     LoadStage,
 )
+from services.worker.engine.child_life import STDERR, die_with_parent, ignore_signals
+from services.worker.engine.file_digest import digest_of_file, require_digest
 from services.worker.engine.llamacpp_adapters import AdapterShelf
 from services.worker.engine.llamacpp_api import PACKAGE, open_library
 from services.worker.engine.llamacpp_api import VERSION as LIBRARY_VERSION
@@ -62,8 +61,6 @@ from services.worker.engine.wire import (
 from services.worker.engine.wire_facts import pack_progress, pack_ready
 
 _RECEIVE_SIZE: Final = 1 << 18
-_STDERR: Final = 2
-_PR_SET_PDEATHSIG: Final = 1
 TOP_LOGPROBS_MAX: Final = 20
 """Most alternatives with a log-probability; each is found in every row of the vocabulary."""
 
@@ -119,22 +116,20 @@ class Link:
 
 def main() -> int:
     """Runs the child until its parent is gone; returns the exit status."""
-    # The terminal's Ctrl-C and a supervisor's SIGTERM reach the whole group. The parent drains
-    # then, which needs this process; it ends by the socket.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ignore_signals()
     # Nobody reads the pipe before the end, so a full one must not block.
-    os.set_blocking(_STDERR, False)
+    os.set_blocking(STDERR, False)
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
     link = Link(connection)
     try:
         told = unpack_control(link.receive_one())
-        _die_with_parent(int(told["parent_process_id"] or 0))
+        if not die_with_parent(int(told["parent_process_id"] or 0)):
+            return 0
         try:
             settings = _settings(told)
-            link.send(pack_progress(LoadProgress(LoadStage.LOADING)))
-            model, digest = _load(settings)
+            expected = told.get("expected_digest")
+            model, digest = _load(settings, None if expected is None else str(expected), link)
         except EngineStartError as error:
             link.send(pack_control(Kind.REFUSED, {"message": str(error)}))
             return 1
@@ -274,21 +269,32 @@ def _settings(settings: dict[str, Value]) -> ModelSettings:
     )
 
 
-def _load(settings: ModelSettings) -> tuple[LlamaModel, str]:
-    """Loads the model on this thread and its digest on another."""
+def _load(settings: ModelSettings, expected: str | None, link: Link) -> tuple[LlamaModel, str]:
+    """Loads the model; returns its digest too.
+
+    Args:
+        settings: of the model.
+        expected: the only digest that is loaded: native code does not read a file of which nobody
+            knows what it is. Without one the digest is made on another thread meanwhile.
+        link: hears how far it is.
+
+    Raises:
+        EngineStartError: the file has another digest, or cannot be loaded.
+    """
+    if expected is not None:
+        require_digest(settings.path, expected, lambda share: _tell_checking(link, share))
+    link.send(pack_progress(LoadProgress(LoadStage.LOADING)))
     open_library().hook_abort(_write_last_words)
+    if expected is not None:
+        return LlamaModel(settings), expected
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        digest = pool.submit(_digest, settings.path)
+        digest = pool.submit(digest_of_file, settings.path)
         model = LlamaModel(settings)
         return model, digest.result()
 
 
-def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-    except OSError as error:
-        raise EngineStartError(f"the model file cannot be read: {error}") from error
+def _tell_checking(link: Link, share: float) -> None:
+    link.send(pack_progress(LoadProgress(LoadStage.CHECKING, share)))
 
 
 def _describe(
@@ -319,16 +325,8 @@ def _describe(
     )
 
 
-def _die_with_parent(parent_process_id: int) -> None:
-    """Has the kernel end this process with its parent, which may have died already."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent_process_id:
-        raise ParentGoneError
-
-
 def _write_last_words(message: bytes) -> None:
-    os.write(_STDERR, message + b"\n")
+    os.write(STDERR, message + b"\n")
 
 
 if __name__ == "__main__":

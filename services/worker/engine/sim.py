@@ -46,7 +46,7 @@ from services.worker.engine.base import (
 )
 from services.worker.engine.matcher import MatcherError
 from services.worker.engine.sim_adapters import SimAdapters, check
-from services.worker.engine.sim_cache import PrefixCache
+from services.worker.engine.sim_cache import BLOCK_TOKENS, PrefixCache
 from services.worker.engine.sim_columns import Columns
 from services.worker.engine.sim_costs import FLAT_OUT, SimCosts
 from services.worker.engine.sim_embedding import DIMENSIONS, SimEmbedding
@@ -72,6 +72,7 @@ ABILITIES = EngineAbilities(
     adapters=True,
     embedding_dimensions=DIMENSIONS,
     prompt_cache=True,
+    kv_block_tokens=BLOCK_TOKENS,
 )
 
 
@@ -418,7 +419,7 @@ class SimEngine:
     def _decode(self, run: Run) -> None:
         """Its prompt has been computed."""
         run.first_step = self._step
-        run.fill_cache(self._cache)
+        self._batch.kv_events += run.fill_cache(self._cache)
         self._batch.prefilled.append(Prefilled(run.lane, run.cached_tokens))
         if run.request.prompt_logprobs:
             self._batch.prompt_scores += self._voice.prompt_scores(run.lane, run.request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from services.worker.engine.base import EndReason, EngineRequest, Lane
+from services.worker.engine.kv_events import KvEvent
 from services.worker.engine.sim_cache import PrefixCache, blocks_of, root_of
 from services.worker.engine.sim_speaker import Speaker
 
@@ -72,10 +73,9 @@ class Run:
             self.prompt_left -= self.cached_tokens
         return self.cached_tokens
 
-    def fill_cache(self, cache: PrefixCache) -> None:
-        """Lets others skip its prompt."""
-        if self.blocks:
-            cache.keep(root_of(self.request), self.blocks)
+    def fill_cache(self, cache: PrefixCache) -> list[KvEvent]:
+        """Lets others skip its prompt; returns what changed in the cache."""
+        return cache.keep(root_of(self.request), self.blocks) if self.blocks else []
 
     def end_at(self, position: int, reason: EndReason) -> None:
         """Ends at a position unless it ends before."""

@@ -18,16 +18,17 @@ from libs.clock import Clock, SystemClock
 from libs.process import Background
 from libs.rpc import Peer, Server
 from libs.testing.rpc import ANY_PORT, Callers, serving
-from services.worker.adapters import Adapters
+from services.worker.adapters import AdapterForm, Adapters
 from services.worker.assembly import assemble
 from services.worker.engine.base import Engine, Tokenizer
 from services.worker.engine.sim import FLAT_OUT, SimCosts, SimEngine
 from services.worker.engine.sim_tokenizer import SimTokenizer
-from services.worker.executions import Executions, Limits
+from services.worker.executions import Executions
 from services.worker.model import TextSettings, make_model
 from services.worker.preparation import Preparation
 from services.worker.reports import Reports
 from services.worker.text import TokenPieces
+from services.worker.watchdog import Patience, Watchdog
 
 if TYPE_CHECKING:
     from grpc.aio import StreamStreamCall
@@ -44,7 +45,6 @@ WORKER = "workers/w1"
 CAPACITY = 4
 MAX_WAITING = 2
 CONTEXT_LENGTH = 512
-ABORT_WITHIN_S = 60.0
 PATIENCE_S = 10.0
 STEP_S = 0.01
 AS_THE_MODEL_SAYS = TextSettings()
@@ -242,8 +242,9 @@ async def running_worker(
     settings: TextSettings = AS_THE_MODEL_SAYS,
     adapters_dir: Path | None = None,
     on_failure: Callable[[BaseException], None] | None = None,
+    patience: Patience | None = None,
 ) -> AsyncIterator[Worker]:
-    """Runs a worker until the block is left."""
+    """Runs a worker until the block is left; with patience, a watchdog in it."""
     clock = clock if clock is not None else SystemClock()
     engine = engine if engine is not None else make_engine(clock)
     callers = Callers()
@@ -252,11 +253,13 @@ async def running_worker(
     async with AsyncExitStack() as stack:
         stack.push_async_callback(engine.stop)
         info = await engine.start()
+        watchdog = None if patience is None else Watchdog(engine, info, patience, clock)
+        engine = watchdog or engine
         threads = stack.enter_context(ThreadPoolExecutor(1))
         adapters = Adapters(
             engine,
             adapters_dir,
-            reads_files=adapters_dir is not None,
+            form=AdapterForm.NONE if adapters_dir is None else AdapterForm.FILE,
             threads=threads,
             load_within_s=PATIENCE_S,
         )
@@ -277,7 +280,7 @@ async def running_worker(
             clock=clock,
             worker=WORKER,
             versions=[MODEL_VERSION],
-            limits=Limits(max_waiting=MAX_WAITING, abort_within_s=ABORT_WITHIN_S),
+            max_waiting=MAX_WAITING,
         )
         assembly.reports.open()
         server.add(assembly.service, SERVICE)
@@ -285,6 +288,8 @@ async def running_worker(
         background = await stack.enter_async_context(Background(on_failure))
         background.start(assembly.executions.pump(), name="pump")
         background.start(assembly.executions.watch(), name="watch")
+        if watchdog is not None:
+            background.start(watchdog.run(assembly.executions.die), name="watchdog")
         peer = Peer(endpoint, callers.tokens["gateway"], [SERVICE])
         yield Worker(
             endpoint=endpoint,

@@ -53,6 +53,10 @@ class ScriptedEngine:
         embedding: inputs of calls of `embed` that have not come back.
         may_embed: set while embeddings come back.
         refusal: why adapters cannot be loaded; empty when they can.
+        may_load: set while adapters are loaded.
+        hears_aborts: aborts are answered.
+        steps: that it has done; None for one that does not count them.
+        waiting: executions that it says wait.
     """
 
     def __init__(
@@ -69,6 +73,12 @@ class ScriptedEngine:
         self.may_embed = asyncio.Event()
         self.may_embed.set()
         self.refusal = ""
+        self.may_load = asyncio.Event()
+        self.may_load.set()
+        self.hears_aborts = True
+        self.steps: int | None = None
+        self.waiting = 0
+        self.is_dead = False
         self._info = EngineInfo(
             engine="scripted",
             version="1",
@@ -85,11 +95,14 @@ class ScriptedEngine:
         return self._info
 
     def submit(self, lane: Lane, request: EngineRequest) -> None:
+        if self.is_dead:
+            raise EngineDied("it was told to")
         self.requests[lane] = request
         self.running.add(lane)
 
     def abort(self, lane: Lane) -> None:
-        self.end(lane, EndReason.ABORTED)
+        if self.hears_aborts:
+            self.end(lane, EndReason.ABORTED)
 
     async def next_step(self) -> StepBatch:
         batch = await self._batches.get()
@@ -100,14 +113,16 @@ class ScriptedEngine:
     def load(self) -> EngineLoad:
         return EngineLoad(
             running=len(self.running),
-            waiting=0,
-            waiting_tokens=0,
+            waiting=self.waiting,
+            waiting_tokens=10 * self.waiting,
             kv_used_tokens=0,
             kv_total_tokens=1,
             resident_adapters=tuple(adapter.name for adapter in self.loaded),
+            steps=self.steps,
         )
 
     async def load_adapter(self, adapter: Adapter) -> None:
+        await self.may_load.wait()
         if self.refusal:
             raise AdapterUnusable(self.refusal)
         if adapter not in self.loaded:
@@ -144,4 +159,5 @@ class ScriptedEngine:
 
     def die(self) -> None:
         """It is gone."""
+        self.is_dead = True
         self._batches.put_nowait(None)

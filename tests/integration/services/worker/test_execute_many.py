@@ -17,7 +17,6 @@ from services.worker.engine.base import EngineDied, StepBatch
 from services.worker.engine.sim import SimEngine
 from services.worker.outbox import LANES_MAX
 from tests.integration.services.worker.harness import (
-    ABORT_WITHIN_S,
     CAPACITY,
     CONTEXT_LENGTH,
     MAX_WAITING,
@@ -382,37 +381,6 @@ async def test_when_the_engine_dies_everybody_is_told_and_the_process_fails() ->
             async with worker.gateway() as late:
                 await late.call.read()
         assert refused.value.reason == "WORKER_LOST"
-
-
-class Deaf(SimEngine):
-    """Does not hear that it should stop."""
-
-    def __init__(self, engine: SimEngine) -> None:
-        self.__dict__.update(engine.__dict__)
-
-    @override
-    def abort(self, lane: int) -> None:
-        pass
-
-
-async def test_an_engine_that_does_not_stop_what_was_aborted_counts_as_dead() -> None:
-    failures: list[BaseException] = []
-    clock = FakeClock()
-    engine = Deaf(make_engine(clock, STEPWISE))
-    async with (
-        running_worker(clock=clock, engine=engine, on_failure=failures.append) as worker,
-        worker.gateway() as gateway,
-    ):
-        await gateway.send(execution(1, tokens=400), execution(2, tokens=400))
-        await gateway.read()
-        await gateway.send(abort_lanes=[1])
-        await eventually(lambda: len(worker.executions._ending) == 1)
-
-        while gateway.told[2].ended is None:
-            await step(clock, gateway, ABORT_WITHIN_S / 4)
-
-        assert [told.reason for told in gateway.told.values()] == ["WORKER_LOST", "WORKER_LOST"]
-        assert [type(failure) for failure in failures] == [EngineDied]
 
 
 async def test_draining_finishes_what_runs_and_refuses_what_is_new() -> None:

@@ -9,16 +9,18 @@ import os
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from maas.engine.v1 import engine_service_pb2 as pb
 from maas.engine.v1 import engine_service_pb2_grpc
 
+from libs.errors import Reason, Unavailable
 from libs.rpc import Peer
 from tests.integration.services.worker.harness import (
     MODEL_VERSION,
@@ -31,6 +33,8 @@ from tests.integration.services.worker.harness import (
 ROOT = Path(__file__).parents[4]
 MODEL = ROOT / "services" / "worker" / "models" / "maas-tiny-story.gguf"
 SIM = 'engine = "sim"'
+HANGING = "tests.integration.services.worker.hanging_worker"
+HASTY = 'canary_every = "500ms"\nsilent_within = "1500ms"\nexit_within = "1s"'
 LLAMACPP = f'engine = "llamacpp"\nmodel_path = "{MODEL}"\ncapacity = 2\nthreads = 1'
 
 
@@ -68,12 +72,12 @@ model_version = "{MODEL_VERSION}"
 
 @asynccontextmanager
 async def running(
-    folder: Path, engine: str, grace: str = "5s"
+    folder: Path, engine: str, grace: str = "5s", *, program: str = "services.worker"
 ) -> AsyncIterator[tuple[Process, str]]:
     """Starts a worker whose scheduler is away; gives the process and its address."""
     config = write_config(folder, engine, grace)
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "services.worker", "--config", str(config), stdout=PIPE, stderr=PIPE
+        sys.executable, "-m", program, "--config", str(config), stdout=PIPE, stderr=PIPE
     )
     try:
         yield process, await address(process)
@@ -110,6 +114,12 @@ async def gateway(endpoint: str) -> AsyncIterator[Gateway]:
             yield opened
 
 
+async def read_to_the_end(endpoint: str) -> None:
+    async with asyncio.timeout(PATIENCE_S), gateway(endpoint) as stream:
+        while True:
+            await stream.call.read()
+
+
 async def read_some(stream: Gateway) -> pb.ExecuteManyResponse:
     """Any message with tokens; the harness's own check of texts knows only the sim's vocabulary."""
     async with asyncio.timeout(PATIENCE_S):
@@ -134,11 +144,23 @@ async def test_serves_without_a_scheduler_and_finishes_before_it_ends(tmp_path: 
 
 
 async def until_serving(endpoint: str) -> None:
-    async with grpc.aio.insecure_channel(endpoint) as channel, asyncio.timeout(PATIENCE_S):
+    async with watching_health(endpoint) as watch, asyncio.timeout(PATIENCE_S):
+        while await watch() != health_pb2.HealthCheckResponse.SERVING:
+            pass
+
+
+@asynccontextmanager
+async def watching_health(endpoint: str) -> AsyncIterator[Callable[[], Awaitable[int]]]:
+    """Gives what waits for the next thing that health says."""
+    async with grpc.aio.insecure_channel(endpoint) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         watch = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE.full_name))
-        while (await watch.read()).status != health_pb2.HealthCheckResponse.SERVING:
-            pass
+
+        async def read() -> int:
+            async with asyncio.timeout(PATIENCE_S):
+                return int((await watch.read()).status)
+
+        yield read
         watch.cancel()
 
 
@@ -168,14 +190,74 @@ async def test_a_killed_engine_ends_executions_and_process(tmp_path: Path) -> No
         assert await exit_status(process) == 1
 
 
+async def test_a_stopped_engine_ends_executions_and_process(tmp_path: Path) -> None:
+    """Stopped by a signal it is what hangs look like from here: alive, and silent."""
+    engine = f"{LLAMACPP}\n{HASTY}"
+    async with running(tmp_path, engine) as (process, endpoint), gateway(endpoint) as stream:
+        await stream.send(execution(1, tokens=1000))
+        await read_some(stream)
+
+        async with watching_health(endpoint) as watch:
+            assert await watch() == health_pb2.HealthCheckResponse.SERVING
+            os.kill(child_of(process.pid), signal.SIGSTOP)
+            assert await watch() == health_pb2.HealthCheckResponse.NOT_SERVING
+
+        while not (ended := (await read_some(stream)).events.ended):
+            pass
+        assert ended[0].failure.reason == "WORKER_LOST"
+        assert await stream.call.code() is grpc.StatusCode.UNAVAILABLE
+        assert await exit_status(process) == 1
+
+
+async def test_an_engine_that_hangs_in_everything_does_not_keep_the_process(
+    tmp_path: Path,
+) -> None:
+    engine = f"{SIM}\n{HASTY}"
+    async with running(tmp_path, engine, program=HANGING) as (process, endpoint):
+        await until_serving(endpoint)
+        with pytest.raises(Unavailable) as caught:
+            await read_to_the_end(endpoint)
+        assert caught.value.reason is Reason.WORKER_LOST
+        async with asyncio.timeout(PATIENCE_S):
+            _, errors = await process.communicate()
+
+        assert process.returncode == 1
+        assert "Timeout" in errors.decode()
+
+
+async def test_a_signal_ends_a_worker_that_loads(tmp_path: Path) -> None:
+    config = write_config(tmp_path, f"{SIM}\ncapacity = 1\n{HASTY}", "1s")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", HANGING, "--config", str(config), stdout=PIPE, stderr=PIPE
+    )
+    assert process.stdout is not None
+    async with asyncio.timeout(PATIENCE_S):
+        while json.loads(await process.stdout.readline()).get("stage") != "loading":
+            pass
+        process.send_signal(signal.SIGTERM)
+        said, _ = await process.communicate()
+
+    assert "stopped while loading" in said.decode()
+    assert process.returncode == 1, "by force: its engine does not let it go"
+
+
 def child_of(pid: int) -> int:
     (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return int(child)
 
 
-async def test_an_engine_that_cannot_start_says_what_to_do(tmp_path: Path) -> None:
-    line = 'engine = "llamacpp"\nmodel_path = "/nonexistent.gguf"'
-    config = write_config(tmp_path, line, "1s")
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ('engine = "llamacpp"\nmodel_path = "/nonexistent.gguf"', "/nonexistent.gguf"),
+        (f'{LLAMACPP}\ndigest = "sha256:{"ab" * 32}"', "correct worker.digest"),
+    ],
+    ids=["no file", "another digest"],
+)
+async def test_an_engine_that_cannot_start_says_what_to_do(
+    tmp_path: Path, lines: str, said: str
+) -> None:
+    config = write_config(tmp_path, lines, "1s")
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "services.worker", "--config", str(config), stdout=PIPE, stderr=PIPE
     )
@@ -183,4 +265,4 @@ async def test_an_engine_that_cannot_start_says_what_to_do(tmp_path: Path) -> No
         _, errors = await process.communicate()
 
     assert process.returncode == 1
-    assert "/nonexistent.gguf" in errors.decode()
+    assert said in errors.decode()

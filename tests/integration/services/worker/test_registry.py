@@ -22,7 +22,8 @@ from libs.rpc import Peer, Server
 from libs.testing import FakeClock
 from libs.testing.rpc import ANY_PORT, Callers, serving
 from services.worker import registry, reports
-from services.worker.registry import SERVICES, Registration
+from services.worker.engine.base import LoadProgress, LoadStage
+from services.worker.registry import PROGRESS_EVERY_S, SERVICES, Registration, Serving
 from tests.integration.services.worker.harness import (
     PATIENCE_S,
     STEPWISE,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 CONNECT = "maas.scheduler.v1.WorkerRegistryService/Connect"
 INFO = engine_pb2.EngineInfo(engine="sim", max_running=4)
+LITTLE = engine_pb2.EngineInfo(engine="sim", model_versions=["models/m/versions/1"])
 
 
 @dataclass
@@ -111,6 +113,7 @@ class World:
     scheduler: Scheduler
     worker: Worker
     registration: Registration
+    loaded: Serving
 
     @property
     def last(self) -> Connection:
@@ -133,7 +136,7 @@ class World:
 
 
 @asynccontextmanager
-async def registering(gather_s: float = 0.0) -> AsyncIterator[World]:
+async def registering(gather_s: float = 0.0, *, is_loaded: bool = True) -> AsyncIterator[World]:
     clock = FakeClock()
     callers = Callers()
     server = Server(ANY_PORT, callers.identity({CONNECT: ["worker"]}))
@@ -148,15 +151,16 @@ async def registering(gather_s: float = 0.0) -> AsyncIterator[World]:
     ):
         registration = Registration(
             peer,
-            engine,
-            worker.executions,
             worker.reports,
-            register=pb.Register(worker=WORKER, incarnation="i", endpoint="h:1", info=INFO),
+            register=pb.Register(worker=WORKER, incarnation="i", endpoint="h:1", info=LITTLE),
             clock=clock,
             gather_s=gather_s,
         )
+        loaded = Serving(engine=engine, executions=worker.executions, info=INFO)
+        if is_loaded:
+            registration.loaded(loaded)
         background.start(registration.run(), name="registration")
-        yield World(clock, scheduler, worker, registration)
+        yield World(clock, scheduler, worker, registration, loaded)
 
 
 async def test_says_who_it_is_and_takes_the_epoch() -> None:
@@ -277,3 +281,67 @@ async def test_too_many_reports_repeat_the_whole_state(monkeypatch: pytest.Monke
         await world.connected(2)
 
         assert list(world.last.register.running_execution_ids) == []
+
+
+async def test_a_worker_that_loads_says_how_far_it_is_and_then_that_it_takes_work() -> None:
+    async with registering(is_loaded=False) as world, world.worker.gateway() as gateway:
+        await world.connected()
+        assert world.last.register.info == LITTLE
+        assert world.last.register.loading.stage == engine_pb2.LOAD_STAGE_CHECKING
+
+        world.registration.tell(LoadProgress(LoadStage.LOADING, 0.5))
+        half = engine_pb2.LoadProgress(stage=engine_pb2.LOAD_STAGE_LOADING, fraction=0.5)
+        await world.eventually(lambda: half in [item.loading for item in world.last.messages])
+        world.registration.loaded(world.loaded)
+        await world.eventually(lambda: world.last.count("loaded") == 1)
+        assert world.worker.executions.epoch == 11
+        await gateway.send(execution(1, tokens=99, epoch=11))
+        await world.eventually(lambda: world.last.started == ["execution-1"])
+        world.clock.advance(1.0)
+        await world.eventually(lambda: world.last.count("load") == 1)
+
+        kinds = [item.WhichOneof("message") for item in world.last.messages]
+        assert kinds.index("loaded") < kinds.index("executions")
+        assert world.last.messages[kinds.index("loaded")].loaded == INFO
+
+
+async def test_progress_is_told_twice_a_second_at_most_and_renews_the_lease() -> None:
+    async with registering(is_loaded=False) as world:
+        await world.connected()
+        await world.eventually(lambda: world.last.count("loading") == 1, is_time_moving=False)
+        for percent in range(100):
+            world.registration.tell(LoadProgress(LoadStage.LOADING, percent / 100))
+            await asyncio.sleep(0)
+        await world.eventually(lambda: world.last.count("loading") == 2)
+
+        world.clock.advance(PROGRESS_EVERY_S)
+        await world.eventually(lambda: world.last.count("loading") == 3)
+        assert world.last.messages[-1].loading.fraction == 0.99
+        world.clock.advance(1.0)
+        await world.eventually(lambda: world.last.count("loading") == 4)
+
+        assert world.last.count("load") == 0
+
+
+async def test_a_worker_that_lost_its_scheduler_while_loading_comes_again_as_it_is_by_then() -> (
+    None
+):
+    async with registering(is_loaded=False) as world:
+        await world.connected()
+        world.registration.tell(LoadProgress(LoadStage.LOADING))
+        world.last.cut.set()
+        await world.connected(2)
+        assert world.last.register.loading.stage == engine_pb2.LOAD_STAGE_LOADING
+
+        world.scheduler.refuses = True
+        world.last.cut.set()
+        await world.eventually(lambda: not world.registration.is_up.is_set())
+        world.registration.loaded(world.loaded)
+        world.scheduler.refuses = False
+        await world.connected(3)
+
+        assert not world.last.register.HasField("loading")
+        assert world.last.register.info == INFO
+        assert world.worker.executions.epoch == 13
+        await world.eventually(lambda: world.last.count("load") == 1)
+        assert world.last.count("loaded") == 0
