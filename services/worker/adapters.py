@@ -3,31 +3,51 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import hashlib
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import structlog
 from maas.engine.v1 import engine_pb2
 
 from libs.errors import FailedPrecondition, Reason
 from services.worker.engine.base import Adapter, AdapterUnusable, Engine
+from services.worker.engine.hf_adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_digest
 
 log = structlog.get_logger(__name__)
+T = TypeVar("T")
 
-# Files whose digests are known: more than any engine keeps loaded.
+# Adapters whose digests are known: more than any engine keeps loaded.
 KNOWN_MAX = 1024
 
 
+class AdapterForm(enum.Enum):
+    """What an engine reads of an adapter."""
+
+    NONE = "none"
+    FILE = "file"
+    DIRECTORY = "directory"
+
+
+Check = Callable[[Path], object]
+"""Compares an adapter with the model. Raises AdapterUnusable; reads no weights."""
+
+
 @dataclass(frozen=True, slots=True)
-class _State:
+class _FileState:
     """What a file has to have kept for its digest to be the same."""
 
     path: Path
     size: int
     modified_ns: int
     inode: int
+
+
+_State = tuple[_FileState, ...]
 
 
 class Adapters:
@@ -42,31 +62,37 @@ class Adapters:
         engine: Engine,
         directory: Path | None,
         *,
-        reads_files: bool,
+        form: AdapterForm,
         threads: Executor,
         load_within_s: float,
+        check: Check | None = None,
     ) -> None:
         """Keeps what it needs.
 
         Args:
             engine: loads them.
-            directory: where their files are; None for a worker that has none.
-            reads_files: whether the engine needs a file.
+            directory: where they are; None for a worker that has none.
+            form: what the engine reads.
             threads: where digests are made: large files take seconds, and prompts do not wait for
                 them. One thread, so that a file is read once for all who wait.
             load_within_s: longest time that the engine may take.
+            check: sees that an adapter fits the model, before the engine sees it; runs in the
+                thread, once for as long as the adapter does not change. None where the engine
+                itself can be trusted to.
         """
         self._engine = engine
         self._directory = directory
-        self._reads_files = reads_files
+        self._form = form
         self._threads = threads
         self._load_within_s = load_within_s
+        self._check = check
         self._known: dict[_State, str] = {}
+        self._fitting: dict[_State, None] = {}
 
     @property
     def is_there(self) -> bool:
         """Whether there can be adapters at all."""
-        return self._directory is not None or not self._reads_files
+        return self._directory is not None or self._form is AdapterForm.NONE
 
     async def ready(self, wanted: engine_pb2.AdapterRef) -> Adapter:
         """Returns an adapter that the engine has loaded.
@@ -76,7 +102,7 @@ class Adapters:
             EngineDied: the engine is gone.
         """
         path: Path | None = None
-        if self._reads_files:
+        if self._form is not AdapterForm.NONE:
             loop = asyncio.get_running_loop()
             path = await loop.run_in_executor(self._threads, self._checked, wanted)
         adapter = Adapter(name=wanted.name, path=path, digest=wanted.digest)
@@ -90,18 +116,35 @@ class Adapters:
         return adapter
 
     def _checked(self, wanted: engine_pb2.AdapterRef) -> Path:
-        """Finds a file and compares its digest. Runs in the thread."""
+        """Finds an adapter, compares its digest and sees that it fits. Runs in the thread."""
         try:
             path = self._find(wanted)
-            digest = self._digest(path)
+            state = self._state(path)
+            digest = self._digest(path, state)
         # The latter is what links that lead to themselves raised before Python 3.13.
         except (OSError, RuntimeError) as error:
             cause = error.strerror if isinstance(error, OSError) else "links in a circle"
             log.warning("adapter unreadable", adapter=wanted.name, cause=cause)
-            raise _unusable(wanted, "its file is missing or cannot be read") from None
+            raise _unusable(
+                wanted, f"its {self._form.value} is missing or cannot be read"
+            ) from None
+        except AdapterUnusable as error:
+            raise _unusable(wanted, str(error)) from None
         if digest != wanted.digest:
-            raise _unusable(wanted, "its file has another digest than the catalog says")
+            raise _unusable(
+                wanted, f"its {self._form.value} has another digest than the catalog says"
+            )
+        self._require_fit(wanted, path, state)
         return path
+
+    def _require_fit(self, wanted: engine_pb2.AdapterRef, path: Path, state: _State) -> None:
+        if self._check is None or state in self._fitting:
+            return
+        try:
+            self._check(path)
+        except AdapterUnusable as error:
+            raise _unusable(wanted, str(error)) from None
+        _remember(self._fitting, state, None)
 
     def _find(self, wanted: engine_pb2.AdapterRef) -> Path:
         """Resolves a path, strictly inside the directory: links that lead out of it too.
@@ -118,22 +161,44 @@ class Adapters:
         path = (directory / relative).resolve(strict=True)
         if not path.is_relative_to(directory):
             raise _unusable(wanted, "its path leads out of the directory of adapters")
-        if not path.is_file():
+        if self._form is AdapterForm.DIRECTORY and not path.is_dir():
+            raise _unusable(wanted, "its path is not that of a directory")
+        if self._form is AdapterForm.FILE and not path.is_file():
             raise _unusable(wanted, "its path is not that of a file")
         return path
 
-    def _digest(self, path: Path) -> str:
-        """Returns "sha256:<hex>" of a file; reads it once as long as it does not change."""
-        found = path.stat()
-        state = _State(path, found.st_size, found.st_mtime_ns, found.st_ino)
+    def _state(self, path: Path) -> _State:
+        """Returns what the files of an adapter have to keep.
+
+        Raises:
+            OSError: one of them is missing.
+        """
+        if self._form is AdapterForm.DIRECTORY:
+            return tuple(_state_of(path / name) for name in (CONFIG_FILE, WEIGHTS_FILE))
+        return (_state_of(path),)
+
+    def _digest(self, path: Path, state: _State) -> str:
+        """Returns "sha256:<hex>" of an adapter; reads it once as long as it does not change."""
         known = self._known.get(state)
         if known is None:
-            with path.open("rb") as file:
-                known = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-            if len(self._known) >= KNOWN_MAX:
-                self._known.pop(next(iter(self._known)))
-            self._known[state] = known
+            if self._form is AdapterForm.DIRECTORY:
+                known = adapter_digest(path)
+            else:
+                with path.open("rb") as file:
+                    known = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+            _remember(self._known, state, known)
         return known
+
+
+def _state_of(path: Path) -> _FileState:
+    found = path.stat()
+    return _FileState(path, found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+def _remember(known: dict[_State, T], state: _State, value: T) -> None:
+    if len(known) >= KNOWN_MAX:
+        known.pop(next(iter(known)))
+    known[state] = value
 
 
 def _unusable(wanted: engine_pb2.AdapterRef, why: str) -> FailedPrecondition:

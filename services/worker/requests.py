@@ -56,6 +56,9 @@ def engine_requests(
         continue_ids=tuple(execution.continue_token_ids),
         max_output_tokens=max_output_tokens,
         stop_token_ids=frozenset(stop.stop_token_ids),
+        # The text layer looks for all of them in all of the output, so an engine that ends where
+        # one is complete ends where the output does.
+        stop_texts=tuple(dict.fromkeys(stop.stop_sequences)),
         ignore_eos=stop.ignore_eos,
         sampling=_sampling(execution.sampling),
         min_output_tokens=min(stop.min_output_tokens, max_output_tokens),
