@@ -30,7 +30,7 @@ help: ## This text
 		/^## / { printf "\n%s\n", substr($$0, 4) } \
 		/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-## Run it. MODEL=<file.gguf> ENGINE=sim|llamacpp CAPACITY=<streams> WORKERS=<number>
+## Run it. MODEL=<file.gguf> ENGINE=sim|llamacpp|trtllm CAPACITY=<streams> WORKERS=<number>
 ##   MAAS_PORT_BASE=<port> moves all ports, ARGS=--detach returns when ready
 
 run: setup ## Start the whole suite here; Ctrl-C stops it
@@ -76,12 +76,15 @@ integration: setup-dev ## One service at a time, with a real PostgreSQL and real
 system: setup-dev ## The whole suite as real processes
 	@exec $(PYTEST) $(or $(T),tests/system)
 
-conformance: $(if $(filter engine,$(GROUP)),setup-dev,setup) ## Show the promised features from outside; GROUP=stream ONLY=U3,W-1
+conformance: $(if $(filter engine,$(GROUP)),setup-dev,setup) ## Show what is promised from outside; GROUP=stream|request|engine ONLY=U3,W-1
 	@GRPC_VERBOSITY=ERROR exec $(PY) -m tools.conformance --group "$(or $(GROUP),stream)" \
 		$(if $(ONLY),--only "$(ONLY)") $(ARGS)
 
 deploy-check: setup-deploy ## Images and manifests, by their own linters; needs kubectl or kustomize
 	@exec $(PY) -m tools.deploy.check
+
+gpu-check: setup-dev ## On a GPU machine: the trtllm engine's contract and throughput; MODEL=<directory>
+	@GRPC_VERBOSITY=ERROR exec $(PY) -m tools.gpu_check $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 bench: setup-bench ## Speed beside its floors; ARGS=--quick, ARGS="--only paced"
 	@exec $(PY) -m tests.bench $(ARGS)

@@ -19,9 +19,10 @@ from maas.inference.v1 import embedding_service_pb2, generation_pb2
 
 from libs.capabilities import FLAGS, NUMBERS, Need
 from tools.conformance.deployment import Deployment
-from tools.conformance.local import SuiteFailure, own_suite
+from tools.conformance.local import own_suite
 from tools.conformance.trial import Trial
 from tools.local.place import ROOT
+from tools.local.temporary import SuiteFailure
 
 PAGE = ROOT / "docs" / "capabilities.md"
 ENGINES = ("llamacpp", "sim")

@@ -5,11 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
+from libs.observability.logs import configure_logs
 from tools.conformance import local, verdict
+from tools.conformance.engine import run as engines
+from tools.conformance.engine.table import ROWS
 from tools.conformance.features import GROUPS, run
-from tools.conformance.options import OptionError, parse
+from tools.conformance.options import ENGINE_GROUP, OptionError, Options, parse
+from tools.conformance.verdict import Verdict
+from tools.local.temporary import SuiteFailure
 
 
 def say(text: str) -> None:
@@ -17,16 +24,30 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def show(options: Options) -> list[Verdict]:
+    """Shows what was asked for, on a suite or on engines alone.
+
+    Raises:
+        SuiteFailure: the kit's own suite did not start.
+    """
+    with contextlib.ExitStack() as stack:
+        if options.group == ENGINE_GROUP:
+            # A worker runs in this process; its words are not those of a check.
+            configure_logs("conformance", "error")
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="maas-engine-")))
+            rows = {name: ROWS[name] for name in options.engines}
+            return asyncio.run(engines.run(rows, options.only, folder, say))
+        place = options.deployment
+        if place is None:
+            place = stack.enter_context(local.own_suite(options.engine))
+        return asyncio.run(run(GROUPS[options.group], place, options.only, say))
+
+
 def main(arguments: Sequence[str]) -> int:
     """Shows what was asked for; returns the exit code."""
     try:
-        options = parse(arguments)
-        with contextlib.ExitStack() as stack:
-            place = options.deployment
-            if place is None:
-                place = stack.enter_context(local.own_suite(options.engine))
-            verdicts = asyncio.run(run(GROUPS[options.group], place, options.only, say))
-    except (OptionError, local.SuiteFailure) as error:
+        verdicts = show(parse(arguments))
+    except (OptionError, SuiteFailure) as error:
         sys.stderr.write(f"conformance: {error}\n")
         return 2
     say(verdict.summary(verdicts))

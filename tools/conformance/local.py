@@ -6,28 +6,28 @@ import asyncio
 import contextlib
 import json
 import os
-import secrets
-import shutil
 import signal
-import socket
-import subprocess
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
-from libs.postgres import cluster
 from tools.ask import read_variables
 from tools.conformance.deployment import AdapterFile, Deployment, WorkerAction
+from tools.conformance.engine.trtllm import (
+    require_stand_in,
+    stand_in_environment,
+    write_tiny_model,
+)
 from tools.conformance.lora import write_adapter
-from tools.local.place import METRICS_OFFSET, OWN_MODEL, ROOT, State
+from tools.conformance.verdict import CannotShow
+from tools.local.place import OWN_MODEL, State
+from tools.local.temporary import SuiteFailure, temporary_suite
 
 STALL_LIMIT_S = 2.0
 REPLAY_WINDOW_S = 3.0
 WORKERS = 2
 CAPACITY = 32
 """Two workers of it hold the 50 streams of U5, and W-2 can fill them."""
-START_S = 150.0
 _SETTINGS = (
     f"gateway.stall_limit={STALL_LIMIT_S:g}s",
     f"gateway.replay_window={REPLAY_WINDOW_S:g}s",
@@ -41,16 +41,12 @@ _SIM_SETTINGS = (
     # Slow enough that a worker can be found and killed while it prefills.
     "worker.sim.prefill_tokens_per_s=3000",
 )
+_STAND_IN_CONTEXT = 16_384
+# A draw is a function of seed and place, as nobody promises of TensorRT-LLM itself: so that what
+# goes on elsewhere can be compared.
+_STAND_IN_SETTINGS = {"step_s": 0.003, "draws": "position", "kv_blocks": 32_768}
 _ADAPTER_ID = "conformance"
 _ADAPTER_FILE = "conformance.gguf"
-_SPAN = 16
-# Below the range from which systems take the numbers of outgoing connections.
-_BASES = range(20_000, 31_000, _SPAN)
-_BASE_ATTEMPTS = 100
-
-
-class SuiteFailure(Exception):
-    """The suite did not start; the text has its words."""
 
 
 @contextlib.contextmanager
@@ -64,16 +60,30 @@ def own_suite(engine: str = "sim", settings: Sequence[str] = ()) -> Iterator[Dep
     Raises:
         SuiteFailure: it did not start.
     """
-    root = Path(tempfile.mkdtemp(prefix="maas-conformance-"))
-    state = State(root)
-    try:
-        _start(state, engine, settings)
+    with contextlib.ExitStack() as stack:
+        flags = _flags(engine, settings)
+        environment: dict[str, str] = {}
+        if engine == "trtllm":
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="maas-model-"))
+            model, environment = _stand_in(Path(folder))
+            flags += ["--model", str(model)]
+        state = stack.enter_context(temporary_suite(flags, environment=environment))
         yield _deployment(state, engine)
-    finally:
-        _tool("tools.down", "--state", str(root))
-        if (root / "postgres").exists():
-            cluster.place(root).destroy()
-        shutil.rmtree(root)
+
+
+def _stand_in(folder: Path) -> tuple[Path, dict[str, str]]:
+    """A model and the stand-in for TensorRT-LLM that runs it, at a token in some milliseconds.
+
+    Raises:
+        SuiteFailure: there is none here.
+    """
+    model = folder / "tiny-hf"
+    try:
+        require_stand_in()
+        write_tiny_model(model, context=_STAND_IN_CONTEXT)
+        return model, stand_in_environment(_STAND_IN_SETTINGS)
+    except CannotShow as reason:
+        raise SuiteFailure(str(reason)) from None
 
 
 @contextlib.asynccontextmanager
@@ -86,51 +96,16 @@ async def _disabled(engine: str, flags: Sequence[str]) -> AsyncIterator[Deployme
         yield place
 
 
-def _start(state: State, engine: str, settings: Sequence[str]) -> None:
+def _flags(engine: str, settings: Sequence[str]) -> list[str]:
     flags = ["--engine", engine, "--workers", str(WORKERS)]
     chosen = [*_SETTINGS, *settings]
-    if engine == "sim":
+    if engine != "llamacpp":
         flags += ["--capacity", str(CAPACITY)]
+    if engine == "sim":
         chosen += _SIM_SETTINGS
     for setting in chosen:
         flags += ["--set", setting]
-    done = _tool("tools.up", "--state", str(state.root), *flags, "--detach")
-    if done.returncode != 0:
-        raise SuiteFailure(f"{done.stdout}{done.stderr}")
-
-
-def _tool(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "MAAS_PORT_BASE": str(_free_port_base())},  # noqa: TID251 - for a child
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=START_S,
-    )
-
-
-def _free_port_base() -> int:
-    """A base from which on all ports are free just now.
-
-    Raises:
-        SuiteFailure: none was found.
-    """
-    for _ in range(_BASE_ATTEMPTS):
-        base = secrets.choice(_BASES)
-        if all(_is_free(base + n) and _is_free(base + n + METRICS_OFFSET) for n in range(_SPAN)):
-            return base
-    raise SuiteFailure("no free ports between 20000 and 31000")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
+    return flags
 
 
 def _deployment(state: State, engine: str) -> Deployment:
@@ -153,8 +128,11 @@ def _deployment(state: State, engine: str) -> Deployment:
     )
 
 
-def _adapter(state: State, engine: str) -> AdapterFile:
+def _adapter(state: State, engine: str) -> AdapterFile | None:
     """Makes a LoRA adapter of the suite's model; the simulated engine reads no file."""
+    if engine == "trtllm":
+        # `make run` starts it without room for adapters.
+        return None
     if engine == "sim":
         digest = f"sha256:{1:064x}"
     else:

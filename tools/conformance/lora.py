@@ -28,14 +28,19 @@ _CHANGED = ("attn_q.weight", "attn_v.weight", "attn_output.weight")
 Matrix = npt.NDArray[np.float32]
 
 
-def write_adapter(path: Path, model: Path) -> str:
+def write_adapter(path: Path, model: Path, *, seed: int = SEED) -> str:
     """Writes an adapter that fits a model; returns "sha256:<hex>" of the file.
+
+    Args:
+        path: of the file.
+        model: GGUF file.
+        seed: other ones make other adapters.
 
     Raises:
         OSError: a file cannot be read or written.
     """
     found = describe(model)
-    random = np.random.default_rng(SEED)
+    random = np.random.default_rng(seed)
     matrices: list[tuple[str, Matrix]] = []
     for name, tensor in sorted(found.tensors.items()):
         if not name.endswith(_CHANGED):

@@ -63,16 +63,23 @@ async def ceiling_is_kept(trial: Trial) -> None:
 
 
 def _limited(tenant: Tenant, currency: str, nanos: int) -> generation_pb2.GenerationSpec:
-    spec = tenant.spec(PROMPT, 200, seed=SEED)
+    spec = _uncached(tenant, 200)
     spec.max_charge.CopyFrom(money_pb2.Money(currency_code=currency, nanos=nanos))
     return spec
 
 
 async def _charge_of(tenant: Tenant, output_tokens: int) -> money_pb2.Money:
     """What that many tokens cost, as a run of exactly that length was charged."""
-    generation = await tenant.generate(tenant.spec(PROMPT, output_tokens, seed=SEED))
+    generation = await tenant.generate(_uncached(tenant, output_tokens))
     expect_equal(generation.usage.output_tokens, output_tokens, "output tokens")
     return generation.charge
+
+
+def _uncached(tenant: Tenant, output_tokens: int) -> generation_pb2.GenerationSpec:
+    """A request whose prompt costs the same each time."""
+    spec = tenant.spec(PROMPT, output_tokens, seed=SEED)
+    spec.cache.bypass = True
+    return spec
 
 
 def _check_ceiling(transcript: Transcript, ceiling: int, tokens: int) -> int:

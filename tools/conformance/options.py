@@ -8,8 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tools.conformance.deployment import AdapterFile, Deployment, shell_action
+from tools.conformance.engine.contract import CHECKS
+from tools.conformance.engine.run import known_names
+from tools.conformance.engine.table import ROWS
 from tools.conformance.features import GROUPS
 from tools.local.options import ENGINES
+
+ENGINE_GROUP = "engine"
+"""The group that needs no suite: its checks are made on engines alone."""
 
 
 class OptionError(Exception):
@@ -24,12 +30,14 @@ class Options:
         group: of features.
         only: their ids; empty for all of the group.
         engine: of the kit's own suite.
+        engines: whose contract is looked at; empty in other groups.
         deployment: a deployment that runs already; None for a suite of the kit's own.
     """
 
     group: str
     only: tuple[str, ...]
     engine: str
+    engines: tuple[str, ...] = ()
     deployment: Deployment | None
 
 
@@ -40,9 +48,13 @@ def parser() -> argparse.ArgumentParser:
         description="Shows features from outside; without --endpoint on a suite of its own.",
     )
     add = found.add_argument
-    add("--group", choices=sorted(GROUPS), required=True)
+    add("--group", choices=sorted((*GROUPS, ENGINE_GROUP)), required=True)
     add("--only", metavar="ID,...", default="", help="only these features")
-    add("--engine", choices=ENGINES, help="of the kit's own suite (sim)")
+    add(
+        "--engine",
+        choices=sorted({*ENGINES, *ROWS}),
+        help="of the kit's own suite (sim); in group engine, whose contract (all)",
+    )
     add("--endpoint", metavar="HOST:PORT", help="of a gateway that runs already")
     add("--model", help="offering to call")
     add("--api-key-file", type=Path, help="key of a tenant with credit")
@@ -68,6 +80,8 @@ def parse(arguments: Sequence[str]) -> Options:
     """
     found = parser().parse_args(arguments)
     only = tuple(part for part in found.only.split(",") if part)
+    if found.group == ENGINE_GROUP:
+        return _of_engines(found, only)
     unknown = sorted(set(only) - set(GROUPS[found.group]))
     if unknown:
         known = ", ".join(GROUPS[found.group])
@@ -77,6 +91,26 @@ def parse(arguments: Sequence[str]) -> Options:
         only=only,
         engine=found.engine or "sim",
         deployment=_deployment(found),
+    )
+
+
+def _of_engines(found: argparse.Namespace, only: tuple[str, ...]) -> Options:
+    if found.endpoint is not None:
+        raise OptionError("group engine looks at engines alone: drop --endpoint")
+    _deployment(found)
+    unknown = sorted(set(only) - known_names())
+    if unknown:
+        groups = ", ".join(dict.fromkeys(check.group for check in CHECKS))
+        raise OptionError(
+            f"--only: no check {', '.join(unknown)}; there are the groups {groups}, and every name "
+            "that a run prints"
+        )
+    return Options(
+        group=found.group,
+        only=only,
+        engine=found.engine or "sim",
+        engines=(found.engine,) if found.engine else tuple(ROWS),
+        deployment=None,
     )
 
 

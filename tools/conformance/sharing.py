@@ -19,6 +19,8 @@ from tools.conformance.verdict import expect, expect_equal
 
 _PARTS = 16
 _ATTEMPTS = 5
+_BEGIN_MAX = 4
+"""Engines that share parts of blocks find the first characters of what the tenant sent before."""
 _GAP_FACTOR_MAX = 3.0
 _LONGEST_GAP_S = 0.5
 """Seen by no percentile: that one bomb stops everything once."""
@@ -39,8 +41,9 @@ async def cache_is_the_tenants(trial: Trial) -> None:
         spec = _prompt(tenant)
         missed, hit = await tenant.generate(spec), await tenant.generate(spec)
         cached = hit.usage.cached_input_tokens
-        expect_equal(missed.usage.cached_input_tokens, 0, "cached tokens of a new prompt")
-        expect(cached > 0, "the same tenant found nothing in the cache")
+        new = missed.usage.cached_input_tokens
+        expect(new <= _BEGIN_MAX, f"{new} cached tokens of a new prompt")
+        expect(cached > _BEGIN_MAX, "the same tenant found nothing in the cache")
         expect(cached < hit.usage.input_tokens, "all of a prompt came from the cache")
         expect(hit.charge.nanos <= missed.charge.nanos, "a hit costs more than a miss")
         await _scored(tenant, spec)

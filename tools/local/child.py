@@ -48,6 +48,7 @@ class Spec:
         stop_signal: asks it to end.
         stop_timeout_s: after which it is killed.
         parent_lost_signal: from the kernel when the supervisor dies.
+        ready_timeout_s: after which a child that is not ready is killed.
         starts_max: attempts at the first start before giving up.
         final_exits: exit codes after which another attempt cannot help.
     """
@@ -60,6 +61,7 @@ class Spec:
     stop_signal: signal.Signals = signal.SIGTERM
     stop_timeout_s: float = 15.0
     parent_lost_signal: signal.Signals = signal.SIGKILL
+    ready_timeout_s: float = READY_TIMEOUT_S
     starts_max: int = 2
     final_exits: tuple[int, ...] = ()
 
@@ -261,7 +263,7 @@ class Child:
 
     async def _becomes_ready(self, pid: int, exited: asyncio.Future[int]) -> bool:
         """Waits for readiness; kills a process that takes too long."""
-        for _ in range(int(READY_TIMEOUT_S / READY_POLL_S)):
+        for _ in range(int(self.spec.ready_timeout_s / READY_POLL_S)):
             if exited.done() or self._stopping.is_set():
                 return False
             if await self.spec.is_ready(pid):

@@ -21,8 +21,12 @@ from tools.local.place import (
     State,
 )
 
-ENGINES = ("llamacpp", "sim")
+ENGINES = ("llamacpp", "sim", "trtllm")
+START_S = 120.0
+START_ON_GPU_S = 3600.0
+"""A large model is read, hashed twice, tuned and recorded before its first token."""
 STEP = re.compile(r"\d+(\.\d+)?(ms|s)")
+_TRUTH = ("true", "false")
 SETTING = re.compile(r"(?P<name>(gateway|worker)(\.[a-z][a-z_]*)+)=(?P<value>.+)")
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
@@ -38,8 +42,8 @@ class Options:
     Attributes:
         state: the state directory.
         ports: of every process.
-        engine: "llamacpp" or "sim".
-        model: the GGUF file; None with the simulated engine.
+        engine: "llamacpp", "sim" or "trtllm".
+        model: the GGUF file, or the directory for trtllm; None with the simulated engine.
         capacity: streams that a worker runs at the same time; None for the engine's default.
         workers: how many.
         settings: what is configured otherwise than the templates say, as TOML values by
@@ -57,6 +61,11 @@ class Options:
     settings: Mapping[str, str]
     is_detached: bool
     ready_descriptor: int | None
+
+    @property
+    def start_timeout_s(self) -> float:
+        """Longest time until all of it is ready."""
+        return START_ON_GPU_S if self.engine == "trtllm" else START_S
 
 
 def port_base() -> Ports:
@@ -89,7 +98,11 @@ def parse(arguments: Sequence[str]) -> Options:
     """
     parser = argparse.ArgumentParser(prog="make run", description="Runs the whole suite here.")
     parser.add_argument("--engine", choices=ENGINES, default=None)
-    parser.add_argument("--model", type=Path, help="a GGUF file (our own small model)")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="a GGUF file (our own small model); with --engine trtllm a directory",
+    )
     parser.add_argument("--capacity", type=int, help="streams at the same time on each worker")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument(
@@ -123,7 +136,7 @@ def parse(arguments: Sequence[str]) -> Options:
         state=State(found.state.resolve()),
         ports=port_base(),
         engine=engine,
-        model=None if engine == "sim" else _model_file(found.model),
+        model=_model_of(engine, found.model),
         capacity=found.capacity,
         workers=found.workers,
         settings=_pace(step) | _settings(found.set),
@@ -160,8 +173,26 @@ def _settings(texts: Sequence[str]) -> dict[str, str]:
                 " section inside of them"
             )
         value = match["value"]
-        found[match["name"]] = value if NUMBER.fullmatch(value) else json.dumps(value)
+        is_bare = NUMBER.fullmatch(value) or value in _TRUTH
+        found[match["name"]] = value if is_bare else json.dumps(value)
     return found
+
+
+def _model_of(engine: str, asked: Path | None) -> Path | None:
+    if engine == "sim":
+        return None
+    if engine == "trtllm":
+        return _model_directory(asked)
+    return _model_file(asked)
+
+
+def _model_directory(asked: Path | None) -> Path:
+    if asked is None:
+        raise OptionError("ENGINE=trtllm needs MODEL=<directory of a Hugging Face model>")
+    path = asked.expanduser().resolve()
+    if not (path / "config.json").is_file():
+        raise OptionError(f"{path}: is no directory of a Hugging Face model: no config.json")
+    return path
 
 
 def _model_file(asked: Path | None) -> Path:

@@ -86,6 +86,9 @@ def _values(options: Options, socket: Path) -> dict[str, str]:
 def _worker_values(name: str, options: Options, model: ServedModel) -> dict[str, str]:
     port = options.ports.of_process(name)
     optional = []
+    if options.engine != "trtllm":
+        # There they cost GPU memory, wanted or not, and trtllm.lora.enabled goes with them.
+        optional.append(f'adapters_dir = "{quoted(str(options.state.adapters))}"')
     if model.file is not None:
         optional.append(f'model_path = "{quoted(str(model.file))}"')
     if model.template_file is not None:
@@ -100,7 +103,6 @@ def _worker_values(name: str, options: Options, model: ServedModel) -> dict[str,
         "metrics_listen": address(port + METRICS_OFFSET),
         "model_version": model.version_name,
         "engine": options.engine,
-        "adapters": quoted(str(options.state.adapters)),
         "optional": "\n".join(optional),
     }
 

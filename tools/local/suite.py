@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from libs.postgres.cluster import Cluster
-from tools.local.child import Spec
+from tools.local.child import READY_TIMEOUT_S, Spec
 from tools.local.options import Options
 from tools.local.place import METRICS_OFFSET, STATEFUL
 from tools.local.probe import is_serving
@@ -43,13 +43,15 @@ def postgres_spec(cluster: Cluster) -> Spec:
     )
 
 
-def service_spec(name: str, port: int, config: Path) -> Spec:
+def service_spec(name: str, config: Path, options: Options) -> Spec:
     """A process of ours: "auth", "worker-1"."""
+    is_slow = name.startswith("worker") and options.engine == "trtllm"
     module = f"services.{name.partition('-')[0]}"
     return Spec(
         name=name,
         argv=(sys.executable, "-m", module, "--config", str(config)),
-        is_ready=_serves(port),
+        is_ready=_serves(options.ports.of_process(name)),
+        ready_timeout_s=options.start_timeout_s if is_slow else READY_TIMEOUT_S,
         final_exits=(os.EX_CONFIG,),
     )
 

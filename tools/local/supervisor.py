@@ -17,12 +17,11 @@ from collections.abc import Callable, Sequence
 from libs.postgres import cluster as postgres
 from tools.local import credential, environment, orphan, render, suite
 from tools.local.child import Child, Log, Nursery, Spec, StartFailure
-from tools.local.model import SIMULATED, ModelError, ServedModel, read_model
+from tools.local.model import SIMULATED, ModelError, ServedModel, read_directory, read_model
 from tools.local.options import Options
 from tools.local.place import DATABASE, HOST, ROLES
 from tools.local.plan import Plan, read_answer
 
-START_TIMEOUT_S = 120.0
 PORT_WAIT_S = 1.0
 _PORT_POLL_S = 0.1
 _TRIM_S = 30.0
@@ -105,7 +104,7 @@ class Supervisor:
                 finally:
                     await self._stop_all()
         except* (StartFailure, PortInUse, ModelError, postgres.ClusterError, TimeoutError) as group:
-            failures.append(_words(group))
+            failures.append(_words(group, self._options.start_timeout_s))
         self._line("\n".join(failures) or "stopped")
         return 1 if failures else 0
 
@@ -143,17 +142,14 @@ class Supervisor:
         await self._stop.wait()
 
     async def _start(self, tasks: asyncio.TaskGroup) -> None:
-        async with asyncio.timeout(START_TIMEOUT_S):
+        async with asyncio.timeout(self._options.start_timeout_s):
             model, cluster = await asyncio.to_thread(self._prepare)
             files = render.render(self._options, model, cluster.socket)
             await self._start_stage(tasks, [suite.postgres_spec(cluster)])
             variables = {"MAAS_DATABASE": DATABASE, **credential.passwords(self._state)}
             await asyncio.to_thread(cluster.run_script, ROLES, variables)
-            ports = self._options.ports
             for names in suite.stages(self._options):
-                specs = [
-                    suite.service_spec(name, ports.of_process(name), files[name]) for name in names
-                ]
+                specs = [suite.service_spec(name, files[name], self._options) for name in names]
                 await self._start_stage(tasks, specs)
             offering = await self._seed(model)
             environment.write(self._options, offering)
@@ -171,7 +167,8 @@ class Supervisor:
         credential.create(self._state)
         model = SIMULATED
         if self._options.model is not None:
-            model = read_model(self._options.model, self._state.digests)
+            read = read_directory if self._options.engine == "trtllm" else read_model
+            model = read(self._options.model, self._state.digests)
         self._tell(f"model {model.version_name}")
         cluster = postgres.place(self._state.root)
         if not cluster.is_created:
@@ -227,9 +224,9 @@ class Supervisor:
                     stops.create_task(child.stop())
 
 
-def _words(error: BaseException) -> str:
+def _words(error: BaseException, start_timeout_s: float) -> str:
     if isinstance(error, BaseExceptionGroup):
-        return "\n".join(_words(inner) for inner in error.exceptions)
+        return "\n".join(_words(inner, start_timeout_s) for inner in error.exceptions)
     if isinstance(error, TimeoutError):
-        return f"the suite was not ready within {START_TIMEOUT_S:.0f} s"
+        return f"the suite was not ready within {start_timeout_s:.0f} s"
     return str(error)

@@ -56,6 +56,28 @@ def test_what_does_not_go_together_is_refused(flags: list[str], words: str) -> N
         parse(["--group", "stream", *flags])
 
 
+def test_engines_are_looked_at_alone() -> None:
+    got = parse(["--group", "engine", "--only", "stops,nothing_comes_behind_the_end"])
+    one = parse(["--group", "engine", "--engine", "trtllm"])
+
+    assert got.engines == ("sim", "llamacpp", "trtllm")
+    assert got.only == ("stops", "nothing_comes_behind_the_end")
+    assert (one.engines, one.only, one.deployment) == (("trtllm",), (), None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--group", "engine", "--only", "U3"], "no check U3; there are the groups life"),
+        (["--group", "engine", "--endpoint", "host:1"], "drop --endpoint"),
+        (["--group", "engine", "--billing", "host:1"], "add --endpoint"),
+    ],
+)
+def test_what_engines_alone_do_not_need_is_refused(flags: list[str], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        parse(flags)
+
+
 def test_empty_key_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "empty"
     path.touch()

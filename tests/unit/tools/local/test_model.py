@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tools.local.model import ModelError, model_id_of, read_model
+from services.worker.engine.hf_digest import digest_of
+from tests.standins.tiny_hf_model import write_model
+from tools.local.model import ModelError, model_id_of, read_directory, read_model
 
 
 def string(text: str) -> bytes:
@@ -49,6 +51,30 @@ def test_file_without_a_template_has_none(tmp_path: Path) -> None:
     path.write_bytes(gguf(None))
 
     assert read_model(path, tmp_path / "models.json").chat_template == ""
+
+
+def test_a_directory_is_known_by_all_of_its_files(tmp_path: Path) -> None:
+    folder, known = tmp_path / "Tiny HF", tmp_path / "models.json"
+    write_model(folder)
+    digest = digest_of(folder, lambda _: None)
+
+    first, again = read_directory(folder, known), read_directory(folder, known)
+    write_model(folder, seed=2)
+    other = read_directory(folder, known)
+
+    assert first == again
+    assert (first.model_id, first.digest) == ("Tiny-HF", digest)
+    assert first.version_id == digest.removeprefix("sha256:")[:12]
+    assert "<|im_start|>" in first.chat_template
+    assert (other.model_id, other.chat_template) == (first.model_id, first.chat_template)
+    assert other.version_id != first.version_id
+
+
+def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+
+    with pytest.raises(ModelError, match="tokenizer"):
+        read_directory(tmp_path, tmp_path.parent / "models.json")
 
 
 def test_changed_file_is_another_version(tmp_path: Path) -> None:

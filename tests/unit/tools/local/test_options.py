@@ -56,11 +56,28 @@ def test_bad_port_base_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) ->
         (["--engine", "sim", "--step", "20ms", "--flat-out"], "drop one"),
         (["--set", "gateway.slice_idle"], "SECTION.KEY=VALUE"),
         (["--set", "billing.lease=1s"], "SECTION.KEY=VALUE"),
+        (["--engine", "trtllm"], "needs MODEL="),
+        (["--engine", "trtllm", "--model", "/nowhere"], "no config.json"),
     ],
 )
 def test_what_cannot_be_is_refused(flags: list[str], words: str) -> None:
     with pytest.raises(options.OptionError, match=words):
         options.parse(flags)
+
+
+def test_a_model_directory_has_time_to_load(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+
+    got = options.parse(["--engine", "trtllm", "--model", str(tmp_path)])
+
+    assert (got.engine, got.model) == ("trtllm", tmp_path)
+    assert got.start_timeout_s > options.parse(["--engine", "sim"]).start_timeout_s
+
+
+def test_truth_is_no_text() -> None:
+    got = options.parse(["--set", "worker.trtllm.kv_cache.reuse=false", "--set", "worker.name=w"])
+
+    assert got.settings == {"worker.trtllm.kv_cache.reuse": "false", "worker.name": '"w"'}
 
 
 def test_missing_own_model_names_the_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:

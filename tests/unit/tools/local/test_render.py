@@ -12,7 +12,7 @@ import pytest
 from google.protobuf.descriptor import ServiceDescriptor
 from maas.auth.v1 import key_table_service_pb2
 from maas.billing.v1 import credit_slice_service_pb2, price_service_pb2
-from maas.catalog.v1 import adapter_service_pb2, offering_service_pb2
+from maas.catalog.v1 import adapter_service_pb2, model_service_pb2, offering_service_pb2
 from maas.common.v1 import options_pb2
 from maas.engine.v1 import engine_service_pb2
 from maas.scheduler.v1 import (
@@ -28,7 +28,7 @@ from tools.local.place import SERVICES, State
 
 SERVED = {
     "auth": [key_table_service_pb2],
-    "catalog": [adapter_service_pb2, offering_service_pb2],
+    "catalog": [adapter_service_pb2, model_service_pb2, offering_service_pb2],
     "billing": [price_service_pb2, credit_slice_service_pb2],
     "scheduler": [placement_service_pb2, worker_registry_service_pb2, worker_service_pb2],
     "worker-1": [engine_service_pb2],
@@ -81,6 +81,25 @@ def test_model_file_and_capacity_reach_the_worker(asked: options.Options, tmp_pa
     assert worker["model_path"] == str(weights)
     assert worker["model_version"] == "models/weights/versions/1"
     config.load(config_class("worker"), files["worker-2"])
+
+
+def test_a_model_directory_reaches_a_worker_without_adapters(
+    asked: options.Options, tmp_path: Path
+) -> None:
+    asked = dataclasses.replace(
+        asked,
+        engine="trtllm",
+        model=tmp_path,
+        settings={"worker.trtllm.batching.chunked_prefill": "false"},
+    )
+    model = dataclasses.replace(SIMULATED, model_id="hf", file=tmp_path)
+
+    files = render.render(asked, model, tmp_path)
+
+    worker = tomllib.loads(files["worker-1"].read_text())["worker"]
+    assert (worker["engine"], worker["model_path"]) == ("trtllm", str(tmp_path))
+    assert "adapters_dir" not in worker
+    assert worker["trtllm"]["batching"] == {"chunked_prefill": False}
 
 
 def test_settings_reach_their_process_and_replace_what_is_there(asked: options.Options) -> None:

@@ -1,0 +1,1 @@
+"""What an operator runs on a GPU machine: what is there, the engine's contract, its throughput."""
