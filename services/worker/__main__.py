@@ -12,7 +12,7 @@ from libs import limits, process
 from libs.auth import KeyTable
 from libs.clock import SystemClock
 from libs.config import read_secret
-from libs.process import Background
+from libs.process import Background, StartError
 from libs.rpc import Peer, Server
 from libs.rpc.identity import Identity
 from libs.rpc.policy import policies_of
@@ -77,7 +77,11 @@ async def _serve(config: Config, stack: AsyncExitStack) -> None:
                 checked = await versions.with_digest(worker, catalog, clock)
         return await loading.load(checked, clock, stack, registration.tell)
 
-    found = await loading.unless_stopped(load(), lambda: _exit_within(worker.exit_within))
+    found = await loading.unless_stopped(
+        load(),
+        lambda: _exit_within(worker.exit_within),
+        lambda: server.fail(StartError("told to stop before it served")),
+    )
     if found is None:
         return
     assembly = assemble(

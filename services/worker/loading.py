@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 import structlog
 
-from libs import process
 from libs.clock import Clock
 from libs.process import StartError
 from services.worker import metrics
@@ -166,21 +165,36 @@ def thread(name: str) -> Iterator[ThreadPoolExecutor]:
         threads.shutdown(wait=False, cancel_futures=True)
 
 
-async def unless_stopped(work: Coroutine[Any, Any, T], on_stopped: Callable[[], None]) -> T | None:
+async def unless_stopped(
+    work: Coroutine[Any, Any, T],
+    on_stopped: Callable[[], None],
+    on_stopped_later: Callable[[], None],
+) -> T | None:
     """Does something that SIGTERM and SIGINT end; returns None when one did.
-
-    Afterwards the signals are as they were: the server waits for them from then on.
 
     Args:
         work: what is done; cancelled by the signals.
         on_stopped: called before that, since work may take its time to end.
+        on_stopped_later: called for a signal that comes when the work is done, until somebody else
+            waits for signals: none is lost in between.
     """
+    stopped, is_done = asyncio.Event(), False
+
+    def hear() -> None:
+        # One handler for both: a signal that has come may not have been heard yet.
+        if is_done:
+            on_stopped_later()
+        stopped.set()
+
     # First, so that the signals are waited for before anything is done.
-    stopping = asyncio.create_task(process.stop_signal(), name="stop signal")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, hear)
+    stopping = asyncio.create_task(stopped.wait(), name="stop signal")
     doing = asyncio.create_task(work, name="loading")
     try:
         await asyncio.wait([doing, stopping], return_when=asyncio.FIRST_COMPLETED)
-        if doing.done():
+        if not stopped.is_set():
+            is_done = True
             return doing.result()
         log.info("stopped while loading")
         on_stopped()
@@ -189,8 +203,6 @@ async def unless_stopped(work: Coroutine[Any, Any, T], on_stopped: Callable[[], 
         doing.cancel()
         stopping.cancel()
         await asyncio.wait([doing, stopping])
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().remove_signal_handler(number)
 
 
 class _Shown:

@@ -25,7 +25,7 @@ from maas.scheduler.v1 import worker_registry_service_pb2 as registry_pb
 from maas.scheduler.v1 import worker_registry_service_pb2_grpc
 
 from libs.clock import CancelTimer, Clock
-from libs.errors import MaasError, Unavailable, unavailable
+from libs.errors import MaasError, Reason, Unavailable, unavailable
 from libs.rpc import Peer
 from services.worker.config import WorkerSection
 from services.worker.convert import load_to_pb, progress_to_pb
@@ -150,14 +150,17 @@ class Registration:
         """Connects, again and again, for ever."""
         backoff_s = BACKOFF_MIN_S
         while True:
+            is_fenced = False
             try:
                 async with self._peer.both_ways(self._stub.Connect) as call:
                     await self._converse(call)
             except (MaasError, TimeoutError) as error:
                 log.warning("scheduler lost", endpoint=self._peer.endpoint, cause=str(error))
+                is_fenced = isinstance(error, MaasError) and error.reason is Reason.FENCED
             if self.is_up.is_set():
                 self.is_up.clear()
-                backoff_s = BACKOFF_MIN_S
+                # Two processes with one name would take it from each other again and again.
+                backoff_s = BACKOFF_MAX_S if is_fenced else BACKOFF_MIN_S
             self._reports.close()
             # Chance spreads the workers of a scheduler that comes back.
             await self._clock.sleep_s(backoff_s * (0.5 + random.random()))  # noqa: S311 - not a secret

@@ -6,6 +6,9 @@ An Engine around another one. It counts what goes in and comes out, and looks ev
     silence for canary_after_s: a canary is sent --it ends-----> the engine lives
                                                '--silence for silent_within_s--> the engine hangs
 
+Ends by abort or failure are no signs of life, nor that an adapter is there already: a child process
+says so by itself.
+
 A canary is an execution of one token, one at a time, with a salt that nobody else has. Nobody hears
 of it: it takes no place, its token reaches no stream, and the load that is told leaves it out. An
 idle engine so proves every canary_after_s that it lives; one that works proves it by its steps, and
@@ -41,6 +44,7 @@ import structlog
 from libs.clock import Clock
 from services.worker import metrics
 from services.worker.engine.base import (
+    LOCAL_ENDS,
     Adapter,
     AdapterUnusable,
     EmbeddingFailed,
@@ -114,6 +118,8 @@ class Watchdog:
         self._loading = 0
         self._is_slow = False
         self._has_news = False
+        # Whether it has been asked for anything since it last had nothing to do.
+        self._is_asked = False
         self._steps = 0
         self._looked_s = self._life_s = clock.monotonic_s()
         self._canary = _canary(info)
@@ -162,7 +168,7 @@ class Watchdog:
         """Waits for the next batch that has anything in it but a canary."""
         while True:
             batch = await self._engine.next_step()
-            self._has_news = True
+            self._has_news |= _is_of_engine(batch)
             has_canary = self._canary_sent_s is not None
             for ended in batch.ended:
                 self._end(ended)
@@ -189,9 +195,10 @@ class Watchdog:
         self._loading += is_slow
         try:
             await self._engine.load_adapter(adapter)
-            self._has_news = True
+            # That it is there already, nobody has asked the engine for.
+            self._has_news |= is_slow
         except AdapterUnusable:
-            self._has_news = True
+            self._has_news |= is_slow
             raise
         finally:
             self._calls -= 1
@@ -218,9 +225,10 @@ class Watchdog:
     # The watch.
 
     def _begin(self) -> None:
-        """An engine that had nothing to do was silent with reason."""
-        if not self._inside and not self._calls and self._canary_sent_s is None:
+        """An engine that had nothing to do was silent with reason, but once it was asked."""
+        if not self._is_asked and self._canary_sent_s is None:
             self._life_s = self._clock.monotonic_s()
+        self._is_asked = True
 
     def _end(self, ended: Ended) -> None:
         lane = ended.lane
@@ -268,6 +276,7 @@ class Watchdog:
         steps = self._engine.load().steps or 0
         if self._has_news or steps > self._steps:
             self._life_s = now_s
+            self._is_asked = bool(self._inside or self._calls)
             self._is_slow = self._loading > 0
         self._has_news = False
         self._steps = steps
@@ -316,6 +325,21 @@ def _canary(info: EngineInfo) -> EngineRequest:
         ignore_eos=True,
         sampling=Sampling(temperature=0, top_p=1, top_k=0, seed=0),
         cache_salt=secrets.token_bytes(16),
+    )
+
+
+def _is_of_engine(batch: StepBatch) -> bool:
+    """Whether a batch is a sign of life.
+
+    What is refused or aborted before the engine has seen it ends in its child process, also while
+    the engine behind it hangs. Where nothing else is heard, a canary has to decide.
+    """
+    return bool(
+        batch.lanes
+        or batch.prefilled
+        or batch.prompt_scores
+        or batch.kv_events
+        or any(ended.lane == CANARY or ended.reason not in LOCAL_ENDS for ended in batch.ended)
     )
 
 

@@ -24,7 +24,7 @@ import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -169,6 +169,10 @@ class EndReason(enum.Enum):
     CONSTRAINT_LIMIT = "constraint_limit"
     ABORTED = "aborted"
     FAILED = "failed"
+
+
+LOCAL_ENDS: Final = frozenset({EndReason.ABORTED, EndReason.FAILED})
+"""Ends that an execution may come to before the engine has seen it: no signs of its life."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +336,8 @@ class EngineLoad:
         kv_total_tokens: tokens that fit.
         resident_adapters: names of loaded adapters.
         steps: that the engine has done since it started. It grows while the engine works on
-            anything at all, tokens or not: a sign of life. None when it is not counted.
+            anything at all, tokens or not: a sign of life. LOCAL_ENDS are no work. None when it is
+            not counted.
     """
 
     running: int | None

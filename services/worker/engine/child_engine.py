@@ -21,6 +21,7 @@ import numpy.typing as npt
 from typing_extensions import override
 
 from services.worker.engine.base import (
+    LOCAL_ENDS,
     Adapter,
     AdapterUnusable,
     EmbeddingFailed,
@@ -229,7 +230,8 @@ class ChildEngine:
         self._is_stopping = True
         self._death = self._death or _STOPPED
         if self._transport is not None:
-            self._transport.close()
+            # Not `close`: it waits until all is read, and a child that hangs reads nothing.
+            self._transport.abort()
         if self._reaped is not None:
             # More than one may wait, and one that is cancelled must not take the others along.
             await asyncio.shield(self._reaped)
@@ -312,13 +314,16 @@ class ChildEngine:
 
     def _on_step(self, body: bytes) -> None:
         batch = self._batch
-        known_ends = len(batch.ended)
+        known, known_ends = _size(batch), len(batch.ended)
         self._counters = unpack_step(body, batch)
-        self._steps += 1
         for _ in range(self._counters.taken):
             self._in_flight.popleft()
-        for ended in batch.ended[known_ends:]:
+        ends = batch.ended[known_ends:]
+        for ended in ends:
             self._live.discard(ended.lane)
+        is_local = bool(ends) and all(ended.reason in LOCAL_ENDS for ended in ends)
+        if _size(batch) > known or not is_local:
+            self._steps += 1
         if _has_any(batch):
             self._has_news.set()
 
@@ -380,6 +385,11 @@ def _has_any(batch: StepBatch) -> bool:
     return bool(
         batch.lanes or batch.ended or batch.prefilled or batch.prompt_scores or batch.kv_events
     )
+
+
+def _size(batch: StepBatch) -> int:
+    """How much a batch says but ends."""
+    return len(batch.lanes) + len(batch.prefilled) + len(batch.prompt_scores)
 
 
 def _sum_known(known: int | None, more: int) -> int | None:

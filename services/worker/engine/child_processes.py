@@ -32,6 +32,9 @@ LAST_WORDS: Final = "last words: "
 _ROOT: Final = Path(__file__).parents[3]
 _MARKED: Final = f"{MARK}=".encode()
 _MARK_WORDS: Final = 4
+DEAD_STATES: Final = "ZX"
+"""Of processes that have ended, in /proc."""
+
 _START_FIELD: Final = 19
 _STDERR: Final = 2
 _PROC: Final = Path("/proc")
@@ -206,7 +209,7 @@ def _kill_marked(mark: str) -> None:
     """
     wanted = f"{MARK}={mark}".encode()
     give_up_s = time.perf_counter() + _SWEEP_WITHIN_S
-    while found := [number for number in _process_ids() if _carries(number, wanted)]:
+    while found := [number for number in process_ids() if _carries(number, wanted)]:
         for number in found:
             _kill_one(number, wanted)
         if time.perf_counter() > give_up_s:
@@ -220,11 +223,21 @@ def kill_orphans() -> None:
     Reads all of /proc: some milliseconds, blocking.
     """
     place = _own_name().partition(":")[0]
-    for number in _process_ids():
+    for number in process_ids():
         mark = _mark_of(number)
         # Numbers of another namespace are not ours to understand.
-        if mark is not None and mark.partition(":")[0] == place and not _has_owner(mark):
+        if mark is None or mark.partition(":")[0] != place or not _is_of_our_user(number):
+            continue
+        if not _has_owner(mark):
             _kill_one(number, f"{MARK}={mark}".encode())
+
+
+def _is_of_our_user(process_id: int) -> bool:
+    """Whether a process is: root sees those of all."""
+    try:
+        return (_PROC / str(process_id)).stat().st_uid == os.geteuid()
+    except OSError:
+        return False
 
 
 def _own_name() -> str:
@@ -242,16 +255,25 @@ def _has_owner(mark: str) -> bool:
     words = mark.split(":")
     if len(words) != _MARK_WORDS or not words[1].isdigit():
         return True
-    return _start_of(int(words[1])) == words[2]
+    try:
+        return _start_of(int(words[1])) == words[2]
+    except OSError:
+        return True
 
 
 def _start_of(process_id: int) -> str:
-    """When a process started, in ticks of the kernel; empty when it is gone."""
+    """When a process started, in ticks of the kernel; empty when it is gone, or dead.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
     try:
         status = (_PROC / str(process_id) / "stat").read_text("utf-8", "replace")
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return ""
-    return status.rpartition(")")[2].split()[_START_FIELD]
+    fields = status.rpartition(")")[2].split()
+    # One that nobody has waited for does not come back either.
+    return "" if fields[0] in DEAD_STATES else fields[_START_FIELD]
 
 
 def _mark_of(process_id: int) -> str | None:
@@ -262,8 +284,14 @@ def _mark_of(process_id: int) -> str | None:
     return None
 
 
-def _process_ids() -> list[int]:
+def process_ids() -> list[int]:
+    """Returns all processes; none where there is no /proc, or that of another namespace.
+
+    Sandboxes may show one: its numbers mean other processes here, and none of them may be killed.
+    """
     try:
+        if str((_PROC / "self").readlink()) != str(os.getpid()):
+            return []
         return [int(entry.name) for entry in _PROC.iterdir() if entry.name.isdigit()]
     except OSError:
         return []

@@ -144,7 +144,6 @@ class Server:
         self._lanes = Lanes(
             loaded.requests,
             loaded.guides,
-            loaded.walks,
             limits,
             request_error=loaded.surface.request_error,
             dead_error=loaded.surface.engine_dead_error,

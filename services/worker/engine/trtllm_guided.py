@@ -9,7 +9,7 @@ Its xgrammar backend reads GBNF, as grammars are written here, and JSON schemas,
 out in silence what it does not know; and its regular expressions have other rules about lines. So
 with xgrammar there are only grammars, choices (a grammar of texts) and objects without a schema.
 
-Pure: no tensorrt_llm. llguidance comes with TensorRT-LLM, and may be older than the worker's.
+Pure: no tensorrt_llm. Both libraries come with it; its llguidance may be older than the worker's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ANY_OBJECT: Final = '{"type": "object"}'
 _CHARACTERS_MAX: Final = 1 << 21
 
 Validate = Callable[[str], str]
-"""What is wrong with a grammar of llguidance; empty for nothing."""
+"""What is wrong with a grammar; empty for nothing."""
 
 
 class ConstraintUnusable(Exception):
@@ -97,12 +97,19 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def find_validator() -> Validate | None:
-    """Returns what finds mistakes in a grammar with the llguidance that TensorRT-LLM uses.
+def find_validator(backend: str | None) -> Validate | None:
+    """Returns what finds mistakes in a grammar with the library that TensorRT-LLM's backend uses.
 
     A grammar that does not compile ends the engine in some versions, so it is tried before. None
     where there is no such function.
+
+    Args:
+        backend: of guided decoding; None for none.
     """
+    return _xgrammar_validator() if backend == XGRAMMAR else _llguidance_validator()
+
+
+def _llguidance_validator() -> Validate | None:
     try:
         library = importlib.import_module("llguidance")
     except ImportError:
@@ -111,8 +118,30 @@ def find_validator() -> Validate | None:
     return cast("Validate", validate) if callable(validate) else None
 
 
+def _xgrammar_validator() -> Validate | None:
+    """Reads grammars as GBNF; the one schema that goes to xgrammar is ours, and is let through."""
+    try:
+        library = importlib.import_module("xgrammar")
+    except ImportError:
+        return None
+    read: object = getattr(getattr(library, "Grammar", None), "from_ebnf", None)
+    if not callable(read):
+        return None
+
+    def validate(grammar: str) -> str:
+        if grammar.startswith("{"):
+            return ""
+        try:
+            read(grammar)
+        except RuntimeError as error:
+            return str(error) or "malformed"
+        return ""
+
+    return validate
+
+
 def check_guided(keywords: Mapping[str, object], validate: Validate | None) -> None:
-    """Tries to compile what goes to the llguidance backend. Up to some hundred milliseconds.
+    """Tries to compile what goes to the backend. Up to some hundred milliseconds.
 
     Args:
         keywords: of GuidedDecodingParams.

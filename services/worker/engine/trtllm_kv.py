@@ -104,7 +104,7 @@ class KvTranslator:
         for record in records:
             try:
                 self._take(json.loads(record) if isinstance(record, str) else record)
-            except (_Unreadable, ValueError, TypeError, KeyError, AttributeError):
+            except (_Unreadable, ValueError, TypeError, LookupError, AttributeError, OverflowError):
                 self._forget()
             if len(self._copies) > self._blocks_max:
                 self._forget()

@@ -5,8 +5,8 @@ steps cost in Python, per token, is in `_take`.
 
 Who starts. The engine has a queue of its own, first come first served, and gets everything at once
 but two: background executions wait here until nothing else waits, and constraints are compiled
-first, in a thread. An output under a constraint that was begun elsewhere is a request for each
-token; see trtllm_walk.
+first, in a thread. A constraint begins with the first token that the engine draws, so an output
+under one that was begun elsewhere cannot be continued.
 
 Who ends. An execution ends with the engine's last word on it, also after an abort: its place is
 taken until then. Two do not wait: one whose output is complete though the engine does not know it
@@ -17,7 +17,6 @@ request that has failed, since TensorRT-LLM never ends what it has raised an err
 from __future__ import annotations
 
 import asyncio
-import functools
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +41,6 @@ from services.worker.engine.trtllm_state import (
     Running,
     prompt_tokens,
 )
-from services.worker.engine.trtllm_walk import Mask, Walker, Walks, step_of
 from services.worker.engine.wire import Report
 
 Guide = Mapping[str, object]
@@ -56,6 +54,7 @@ _PATIENCE_S: Final = 0.05
 """Longest time that a token waits for those of later steps."""
 
 _MESSAGE_MAX: Final = 200
+_NOT_CONTINUED: Final = "this engine cannot continue an output under a constraint: begin it anew"
 
 
 class Lanes:
@@ -64,7 +63,6 @@ class Lanes:
     Args:
         requests: starts them.
         guides: compiles constraints.
-        walks: follows those of outputs that were begun elsewhere.
         limits: of all.
         request_error: what fails one request; anything else is the end of the engine.
         dead_error: what is the end of the engine in any case; None for none in particular.
@@ -76,7 +74,6 @@ class Lanes:
         self,
         requests: Requests,
         guides: Guides,
-        walks: Walks,
         limits: LaneLimits,
         *,
         request_error: type[Exception],
@@ -86,7 +83,6 @@ class Lanes:
     ) -> None:
         self._requests = requests
         self._guides = guides
-        self._walks = walks
         self._limits = limits
         # What generate_async raises for one request, by version.
         self._refusals = (
@@ -103,6 +99,7 @@ class Lanes:
         self._fatal = fatal
         self._running: dict[Lane, Running] = {}
         self._background: deque[Lane] = deque()
+        self._is_admitting = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._compiler = ThreadPoolExecutor(1, "compiler")
         # Lanes that wait, but those in the background; and all lanes' tokens.
@@ -161,18 +158,23 @@ class Lanes:
 
     def _admit(self) -> None:
         """Starts background executions, when nothing else waits."""
+        if self._is_admitting:
+            # One that is refused at once comes here again, and the loop below goes on behind it.
+            return
+        self._is_admitting = True
         while self._background and not self._unbegun and self._in_engine < self._limits.capacity:
             running = self._running[self._background.popleft()]
             running.is_held = False
             self._unbegun += 1
             self._begin_work(running)
+        self._is_admitting = False
 
     def _begin_work(self, running: Running) -> None:
         request = running.request
         if request.constraint is None:
             self._start(running, None)
         elif request.continue_ids:
-            self._spawn(self._guarded(running, self._walk(running), self._refusals))
+            self._fail(running, _NOT_CONTINUED)
         else:
             self._spawn(self._compile(running))
 
@@ -186,6 +188,12 @@ class Lanes:
             guide = await loop.run_in_executor(self._compiler, self._guides.check, constraint)
         except ConstraintUnusable as error:
             self._fail(running, str(error))
+            return
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # noqa: BLE001 - libraries in Rust raise panics as such
+            # Its words may hold what the constraint says.
+            self._fail(running, f"the constraint could not be compiled ({type(error).__name__})")
             return
         if self._running.get(running.bounds.lane) is running:
             self._start(running, guide)
@@ -204,9 +212,7 @@ class Lanes:
         else:
             running.result = result
             self._in_engine += 1
-            # What is raised while it runs is about this request, or about all.
-            own = (self._request_error,)
-            self._spawn(self._guarded(running, self._follow(running, result), own))
+            self._spawn(self._guarded(running, result))
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -215,29 +221,19 @@ class Lanes:
 
     # What the engine says.
 
-    async def _guarded(
-        self,
-        running: Running,
-        work: Coroutine[None, None, None],
-        own: tuple[type[Exception], ...],
-    ) -> None:
-        """Does work for an execution, and ends it or the engine by what is raised.
+    async def _guarded(self, running: Running, result: RequestOutput) -> None:
+        """Reads a request to its end, and ends its execution or the engine by what is raised.
 
-        Args:
-            running: the execution.
-            work: that ends it.
-            own: errors that concern nobody else. A request that has raised one is never to be
-                asked again: it would wait for ever.
+        A request that has raised an error is never to be asked again: it would wait for ever.
         """
         try:
-            await work
+            await self._follow(running, result)
         except self._dead_errors as error:
             self._fatal(error)
-        except (ConstraintUnusable, AdapterUnusable) as error:
-            self._fail(running, str(error))
-        except own as error:
+        except self._request_error as error:
+            # About this one; anything else is about all.
             self._fail(running, self._words_of(running, error))
-        except Exception as error:  # noqa: BLE001 - anything else is the end of the engine
+        except Exception as error:  # noqa: BLE001 - the end of the engine
             self._fatal(error)
 
     async def _follow(self, running: Running, result: RequestOutput) -> None:
@@ -251,106 +247,38 @@ class Lanes:
         reason = result.outputs[0].finish_reason
         self._end(running, running.output.end(reason, is_aborted=running.is_aborted))
 
-    async def _walk(self, running: Running) -> None:
-        """Goes on with an output under a constraint, one request for each token; see trtllm_walk.
-
-        Raises:
-            ConstraintUnusable: it cannot be done, or the output does not fit the constraint.
-        """
-        if not self._requests.can_bias:
-            raise ConstraintUnusable("an output under a constraint cannot be continued here")
-        request, output, drawn = running.request, running.output, list[int]()
-        loop = asyncio.get_running_loop()
-        walker = await loop.run_in_executor(self._compiler, self._walks.begin, request)
-        ended: Ended | None = None
-        while ended is None:
-            count = len(request.continue_ids) + len(drawn)
-            keeps_on = request.ignore_eos or count < request.min_output_tokens
-            ask = functools.partial(walker.allowed, keeps_on=keeps_on)
-            allowed = await loop.run_in_executor(self._compiler, ask)
-            if running.is_unwanted():
-                ended = output.end(None, is_aborted=True)
-            elif allowed is None:
-                ended = Ended(running.bounds.lane, EndReason.END_OF_SEQUENCE)
-            elif output.shown >= running.bounds.room:
-                ended = output.end("length", is_aborted=False)
-            else:
-                await self._draw(running, step_of(request, drawn), allowed, drawn)
-                ended = self._end_of_step(running, walker, drawn)
-        self._end(running, ended)
-
-    def _end_of_step(self, running: Running, walker: Walker, drawn: Sequence[int]) -> Ended | None:
-        """The end that a step has brought; None while there is more to come."""
-        output = running.output
-        if running.is_unwanted() or output.is_cut:
-            return output.end("stop", is_aborted=running.is_aborted)
-        walker.take(drawn[-1])
-        return None
-
-    async def _draw(
-        self, running: Running, step: EngineRequest, allowed: Mask, drawn: list[int]
-    ) -> None:
-        """Draws one token and tells it.
-
-        Raises:
-            ConstraintUnusable: the engine drew none.
-        """
-        running.result = result = self._requests.start(step, 1, None, allowed)
-        self._in_engine += 1
-        try:
-            async for _ in result:
-                pass
-        finally:
-            self._in_engine -= 1
-        if running.is_aborted:
-            return
-        completion = result.outputs[0]
-        if not completion.token_ids:
-            raise ConstraintUnusable("the engine drew no token")
-        drawn.append(completion.token_ids[0])
-        self._tell(running, result, drawn, completion.logprobs or ())
-
     def _take(self, running: Running, result: RequestOutput) -> None:
         """Takes a step of one request."""
         if running.is_aborted:
             return
         completion, output = result.outputs[0], running.output
-        entries: Sequence[object] = ()
-        if running.request.top_logprobs is not None:
-            entries = (completion.logprobs or ())[output.seen :]
-        self._tell(running, result, completion.token_ids, entries)
+        before = output.seen
+        new = output.take(completion.token_ids)
+        self._held_tokens += output.seen - before
+        if not running.has_begun and output.seen:
+            # Not in every version.
+            self._begin(running, getattr(result, "cached_tokens", None) or 0)
+        if new:
+            self._tell(running, new, completion.logprobs or (), before)
         if output.is_cut and not result.finished:
             self._stop(running, result)
             self._end(running, output.end(None, is_aborted=False))
 
     def _tell(
-        self,
-        running: Running,
-        result: RequestOutput,
-        token_ids: Sequence[int],
-        entries: Sequence[object],
+        self, running: Running, new: Sequence[int], logprobs: Sequence[object], before: int
     ) -> None:
         """Tells what is new of an output.
 
         Args:
             running: the execution.
-            result: that has said it.
-            token_ids: of the whole output.
-            entries: log-probabilities of what is new.
+            new: tokens to be told.
+            logprobs: of the whole output; not read where nobody asked for any.
+            before: tokens of the output that stand before.
         """
-        output = running.output
-        before = output.seen
-        new = output.take(token_ids)
-        self._held_tokens += output.seen - before
-        if not running.has_begun and output.seen:
-            # Not in every version.
-            self._begin(running, getattr(result, "cached_tokens", None) or 0)
-        if not new:
-            return
         pending, lane = self._pending, running.bounds.lane
         top_logprobs = running.request.top_logprobs
         if top_logprobs is not None:
-            pending.scores.add(len(pending.lanes), new, entries, top_logprobs)
+            pending.scores.add(len(pending.lanes), new, logprobs[before:], top_logprobs)
         if len(new) == 1:
             pending.lanes.append(lane)
         else:

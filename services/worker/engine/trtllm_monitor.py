@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from services.worker.engine.child_life import say_last_words
+from services.worker.engine.child_processes import DEAD_STATES, process_ids
 
 STUCK_S: Final = 5.0
 """A loop that has not turned for so long will not turn again."""
@@ -33,7 +34,6 @@ _EXPLAIN_WITHIN_S: Final = 0.5
 _HEALTH_EVERY_S: Final = 0.5
 _PROC: Final = Path("/proc")
 _PYTHON: Final = "python"
-_DEAD_STATES: Final = "ZX"
 
 Die = Callable[[str], None]
 """Ends the process; gets why."""
@@ -82,8 +82,12 @@ def engine_processes(process_id: int) -> frozenset[Process]:
 def find_dead(processes: frozenset[Process]) -> Process | None:
     """Returns one that has ended; None while all live."""
     for process in processes:
-        read = _read_stat(process.process_id)
-        if read is None or read[0] in _DEAD_STATES or read[2] != process.started:
+        try:
+            read = _read_stat(process.process_id)
+        except OSError:
+            # It cannot be looked at, as where there is no file descriptor left: nothing is known.
+            continue
+        if read is None or read[0] in DEAD_STATES or read[2] != process.started:
             return process
     return None
 
@@ -91,23 +95,25 @@ def find_dead(processes: frozenset[Process]) -> Process | None:
 def _all_processes() -> Mapping[Process, int]:
     """The parent of each process."""
     found: dict[Process, int] = {}
-    try:
-        numbers = [int(entry.name) for entry in _PROC.iterdir() if entry.name.isdigit()]
-    except OSError:
-        return found
-    for number in numbers:
-        read = _read_stat(number)
-        if read is not None and read[0] not in _DEAD_STATES:
+    for number in process_ids():
+        read = None
+        with contextlib.suppress(OSError):
+            read = _read_stat(number)
+        if read is not None and read[0] not in DEAD_STATES:
             _, parent, started, name = read
             found[Process(number, started, name)] = parent
     return found
 
 
 def _read_stat(process_id: int) -> tuple[str, int, int, str] | None:
-    """State, parent, start and name of a process; None when it is gone."""
+    """State, parent, start and name of a process; None when it is gone.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
     try:
         text = (_PROC / str(process_id) / "stat").read_text("utf-8", "replace")
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
     # The name stands in parentheses and may hold anything.
     before, _, rest = text.rpartition(")")

@@ -18,8 +18,6 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Protocol, cast
 
-import numpy as np
-
 from services.worker.engine.base import Adapter, AdapterUnusable, Constraint, EngineRequest
 from services.worker.engine.hf_adapter import AdapterLimits, check_adapter
 from services.worker.engine.hf_model import HfModel
@@ -30,11 +28,11 @@ from services.worker.engine.trtllm_guided import (
     find_validator,
     guided_keywords,
 )
-from services.worker.engine.trtllm_sampling import NEVER, Ends, biases_of, sampling_keywords
+from services.worker.engine.trtllm_sampling import Ends, biases_of, sampling_keywords
 from services.worker.engine.trtllm_surface import Surface
-from services.worker.engine.trtllm_walk import Mask
 
 _CHECKED_MAX: Final = 256
+_CHECKED_CHARACTERS_MAX: Final = 8 << 20
 _SALT_BYTES: Final = 16
 
 
@@ -83,8 +81,9 @@ class Guides:
     def __init__(self, surface: Surface, backend: str | None) -> None:
         self._make = None if surface.guided is None else surface.guided.make
         self._backend = backend
-        self._validate = find_validator()
+        self._validate = find_validator(backend)
         self._checked: OrderedDict[str, dict[str, object]] = OrderedDict()
+        self._characters = 0
 
     def check(self, constraint: Constraint) -> dict[str, object]:
         """Returns the keywords of a constraint that compiles.
@@ -96,15 +95,19 @@ class Guides:
             raise ConstraintUnusable("constraints are switched off in the engine")
         key = f"{constraint.kind.value} {constraint.grammar}"
         known = self._checked.pop(key, None)
-        if known is None:
+        if known is not None:
+            self._characters -= len(key)
+        else:
             try:
                 known = guided_keywords(constraint, self._backend)
                 check_guided(known, self._validate)
             except (ValueError, TypeError) as error:
                 raise ConstraintUnusable("the constraint is malformed") from error
         self._checked[key] = known
-        if len(self._checked) > _CHECKED_MAX:
-            self._checked.popitem(last=False)
+        self._characters += len(key)
+        while len(self._checked) > _CHECKED_MAX or self._characters > _CHECKED_CHARACTERS_MAX:
+            oldest, _ = self._checked.popitem(last=False)
+            self._characters -= len(oldest)
         return known
 
     def make(self, keywords: Mapping[str, object]) -> object:
@@ -215,17 +218,8 @@ class Requests:
         self._torch = torch
         self._tokenizer: object = getattr(llm, "tokenizer", None)
 
-    @property
-    def can_bias(self) -> bool:
-        """Whether there are biases."""
-        return self._torch is not None
-
     def start(
-        self,
-        request: EngineRequest,
-        room: int,
-        guide: Mapping[str, object] | None,
-        allowed: Mask | None = None,
+        self, request: EngineRequest, room: int, guide: Mapping[str, object] | None
     ) -> RequestOutput:
         """Hands a request to the engine; does not wait.
 
@@ -233,7 +227,6 @@ class Requests:
             request: of an execution.
             room: most tokens that the engine may draw; at least 1.
             guide: of its constraint; None without one.
-            allowed: shape (vocabulary,): what may be drawn at all; None for everything.
 
         Raises:
             ConstraintUnusable: there is no guided decoding.
@@ -252,8 +245,8 @@ class Requests:
         if guide is not None:
             sampling["guided_decoding"] = self._guides.make(guide)
         biases = biases_of(request, self._ends)
-        if self._torch is not None and (biases or allowed is not None):
-            sampling["embedding_bias"] = self._bias(self._torch, biases, allowed)
+        if biases and self._torch is not None:
+            sampling["embedding_bias"] = self._bias(self._torch, biases)
         call: dict[str, object] = {
             "inputs": prompt,
             "sampling_params": self._surface.sampling.make(**sampling),
@@ -267,15 +260,11 @@ class Requests:
             call["lora_request"] = self._shelf.request(request.adapter)
         return self._llm.generate_async(**call)
 
-    def _bias(self, torch: Torch, biases: Mapping[int, float], allowed: Mask | None) -> Tensor:
+    def _bias(self, torch: Torch, biases: Mapping[int, float]) -> Tensor:
         """One number for each token of the vocabulary: half a megabyte for a large one."""
-        if allowed is None:
-            column = torch.zeros(self._vocabulary_size, dtype=torch.float32)
-            column[list(biases)] = torch.tensor(list(biases.values()), dtype=torch.float32)
-            return column
-        values = np.where(allowed, 0.0, 2 * NEVER)
-        values[list(biases)] += list(biases.values())
-        return torch.tensor(values.tolist(), dtype=torch.float32)
+        column = torch.zeros(self._vocabulary_size, dtype=torch.float32)
+        column[list(biases)] = torch.tensor(list(biases.values()), dtype=torch.float32)
+        return column
 
     def _is_safe(self, text: str, prompt: Sequence[int]) -> bool:
         """Whether the engine ends by a stop text only where the worker does, too.

@@ -31,7 +31,6 @@ from services.worker.engine.trtllm_monitor import BEAT_S, Monitor, engine_proces
 from services.worker.engine.trtllm_requests import Guides, Requests, Shelf, ends_of, find_torch
 from services.worker.engine.trtllm_settings import TrtllmSettings, read_settings
 from services.worker.engine.trtllm_surface import Surface, detect
-from services.worker.engine.trtllm_walk import Walks
 from services.worker.engine.wire import VERSION
 from services.worker.engine.wire_facts import Setting
 
@@ -56,7 +55,6 @@ class Loaded:
         requests: starts executions.
         guides: compiles constraints.
         shelf: has the adapters.
-        walks: follows the constraints of outputs that were begun elsewhere.
         monitor: watches it.
     """
 
@@ -68,7 +66,6 @@ class Loaded:
     requests: Requests
     guides: Guides
     shelf: Shelf
-    walks: Walks
     monitor: Monitor
 
 
@@ -218,7 +215,6 @@ def _equip(
         requests=requests,
         guides=guides,
         shelf=shelf,
-        walks=Walks(model.directory, size=model.vocabulary_size, end_id=model.eos_id),
         monitor=monitor,
     )
 

@@ -55,10 +55,6 @@ class Running:
     is_aborted: bool = False
     is_stopping: bool = False
 
-    def is_unwanted(self) -> bool:
-        """Whether it was aborted meanwhile."""
-        return self.is_aborted
-
 
 @dataclass(slots=True)
 class Pending:

@@ -16,7 +16,7 @@ from maas.scheduler.v1 import worker_registry_service_pb2 as pb
 from maas.scheduler.v1 import worker_registry_service_pb2_grpc
 from typing_extensions import override
 
-from libs.errors import Unavailable
+from libs.errors import FailedPrecondition, Reason, Unavailable
 from libs.process import Background
 from libs.rpc import Peer, Server
 from libs.testing import FakeClock
@@ -72,6 +72,7 @@ class Scheduler(worker_registry_service_pb2_grpc.WorkerRegistryServiceServicer):
         self.attempts = 0
         self.refuses = False
         self.is_mute = False
+        self.fences = False
 
     @override
     async def Connect(self, _: object, context: Context) -> None:  # type: ignore[override]  # reads and writes by itself
@@ -98,6 +99,8 @@ class Scheduler(worker_registry_service_pb2_grpc.WorkerRegistryServiceServicer):
             return_when=asyncio.FIRST_COMPLETED,
         )
         reading.cancel()
+        if self.fences:
+            raise FailedPrecondition("another has taken its place", reason=Reason.FENCED)
 
     async def _listen(self, context: Context, connection: Connection) -> None:
         while True:
@@ -249,6 +252,28 @@ async def test_a_scheduler_that_refuses_is_asked_again() -> None:
 
         world.scheduler.refuses = False
         await world.eventually(world.registration.is_up.is_set, is_time_moving=True)
+
+
+async def test_a_worker_whose_name_another_has_taken_does_not_take_it_back_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with registering() as world:
+        await world.connected()
+        await world.eventually(lambda: world.last.count("load") == 1)
+        slept: list[float] = []
+        sleep_s = world.clock.sleep_s
+
+        async def sleep(seconds: float) -> None:
+            slept.append(seconds)
+            await sleep_s(seconds)
+
+        monkeypatch.setattr(world.clock, "sleep_s", sleep)
+        world.scheduler.fences = True
+        world.last.cut.set()
+        await world.eventually(lambda: not world.registration.is_up.is_set() and bool(slept))
+
+        assert slept[-1] >= registry.BACKOFF_MAX_S / 2
+        await world.connected(2)
 
 
 async def test_a_scheduler_that_says_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

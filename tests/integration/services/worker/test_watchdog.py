@@ -143,6 +143,42 @@ async def test_more_work_does_not_put_off_what_hangs() -> None:
         assert await rig.noticed_s() <= NOTICED_WITHIN_S - 8.0
 
 
+async def test_calls_that_nobody_waits_for_long_do_not_put_off_what_hangs() -> None:
+    async with watching() as rig:
+        rig.answers = False
+        rig.engine.may_embed.clear()
+        for _ in range(4):
+            call = asyncio.create_task(rig.watchdog.embed([[1]]))
+            await rig.elapse(3.0)
+            call.cancel()
+
+        assert rig.hung
+
+
+@pytest.mark.parametrize("reason", [EndReason.FAILED, EndReason.ABORTED])
+async def test_what_ends_without_the_engine_does_not_put_off_what_hangs(reason: EndReason) -> None:
+    """A child ends by itself what it has not handed on to an engine that hangs."""
+    async with watching() as rig:
+        rig.answers = False
+        for lane in range(1, 11):
+            rig.watchdog.submit(lane, REQUEST)
+            rig.engine.end(lane, reason)
+            await rig.elapse(1.0)
+
+        assert rig.hung
+
+
+async def test_adapters_that_are_there_already_do_not_put_off_what_hangs() -> None:
+    async with watching() as rig:
+        await rig.watchdog.load_adapter(ADAPTER)
+        rig.answers = False
+        for _ in range(10):
+            await rig.watchdog.load_adapter(ADAPTER)
+            await rig.elapse(1.0)
+
+        assert rig.hung
+
+
 async def test_a_silent_engine_that_answers_canaries_lives() -> None:
     async with watching() as rig:
         rig.watchdog.submit(1, REQUEST)

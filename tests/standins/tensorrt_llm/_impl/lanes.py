@@ -173,7 +173,7 @@ class Lane:
         number = self.request.number
         if settings.fault_of("logprobs_missing", number):
             return []
-        if settings.fault_of("logprobs_flat", number):
+        if self.scores and settings.fault_of("logprobs_flat", number):
             tokens = self.output[self.told :]
             pairs = zip(self.scores, tokens, strict=True)
             return [scores[token_id].logprob for scores, token_id in pairs]

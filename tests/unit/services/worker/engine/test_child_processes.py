@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from services.worker.engine import child_processes
 from services.worker.engine.child_life import say_last_words
 from services.worker.engine.child_processes import ChildProcess, ChildProgram, kill_orphans
 
@@ -112,10 +113,11 @@ WORKER = (
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
-@pytest.mark.parametrize("then", ["", "input()"], ids=["dead", "alive"])
+@pytest.mark.parametrize("then", ["", "raise SystemExit", "input()"], ids=["dead", "left", "alive"])
 def test_what_a_killed_worker_left_is_killed_by_the_next_and_what_a_living_one_has_is_not(
     tmp_path: Path, then: str
 ) -> None:
+    """Left is one that has ended, and that nobody has waited for."""
     written = tmp_path / "daemon"
     (tmp_path / "engine_of_a_test.py").write_text(DAEMON.format(path=str(written)), "utf-8")
     worker = subprocess.Popen(
@@ -127,14 +129,55 @@ def test_what_a_killed_worker_left_is_killed_by_the_next_and_what_a_living_one_h
     daemon = int(until_written(written))
     if not then:
         worker.wait(PATIENCE_S)
+    elif then != "input()":
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
 
     kill_orphans()
     try:
-        assert is_gone(daemon) is (not then)
+        assert is_gone(daemon) is (then != "input()")
     finally:
         worker.communicate(b"\n")
         with contextlib.suppress(ProcessLookupError):
             os.kill(daemon, signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="takes another user")
+@pytest.mark.parametrize("user", [0, 65534], ids=["ours", "other"])
+def test_what_another_user_has_left_is_not_ours_to_kill(user: int) -> None:
+    # A worker that is gone: it had our number, and began with the machine.
+    mark = f"{child_processes._own_name().partition(':')[0]}:{os.getpid()}:0:0"
+    left = subprocess.Popen(["sleep", "60"], env={child_processes.MARK: mark}, user=user)
+    try:
+        kill_orphans()
+
+        assert is_gone(left.pid) is (user == 0)
+    finally:
+        left.kill()
+        left.wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_numbers_of_another_namespace_are_nobodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "1").mkdir()
+    monkeypatch.setattr(child_processes, "_PROC", tmp_path)
+    for number, found in ((os.getpid(), [1]), (os.getpid() + 1, [])):
+        (tmp_path / "self").unlink(missing_ok=True)
+        (tmp_path / "self").symlink_to(str(number))
+
+        assert child_processes.process_ids() == found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_a_worker_that_cannot_be_looked_at_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child_processes, "_PROC", tmp_path)
+    (tmp_path / "7" / "stat").mkdir(parents=True)
+
+    assert child_processes._has_owner("1:7:5:00")
+    assert not child_processes._has_owner("1:8:5:00")
 
 
 def is_gone(process_id: int) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import ModuleType
 
 import pytest
 from llguidance import LLMatcher
@@ -85,7 +87,7 @@ def test_what_is_not_one_grammar_is_refused(grammar: str) -> None:
 
 
 def test_what_does_not_compile_never_reaches_the_engine_and_is_not_repeated() -> None:
-    validate = find_validator()
+    validate = find_validator(LLGUIDANCE)
     assert validate is not None
     check_guided({"grammar": "start: /a/"}, validate)
     check_guided({"json": SCHEMA}, validate)
@@ -94,3 +96,27 @@ def test_what_does_not_compile_never_reaches_the_engine_and_is_not_repeated() ->
         with pytest.raises(ConstraintUnusable) as refused:
             check_guided(keywords, validate)
         assert "secret" not in str(refused.value)
+
+
+class Grammar:
+    """As xgrammar has it: its reader of GBNF raises at what it does not understand."""
+
+    @staticmethod
+    def from_ebnf(text: str) -> object:
+        if "secret" in text:
+            raise RuntimeError(f"EBNF parser error: {text}")
+        return object()
+
+
+def test_what_goes_to_xgrammar_is_tried_with_xgrammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = ModuleType("xgrammar")
+    vars(library)["Grammar"] = Grammar
+    monkeypatch.setitem(sys.modules, "xgrammar", library)
+    validate = find_validator(XGRAMMAR)
+    assert validate is not None
+
+    check_guided({"grammar": 'root ::= "a"'}, validate)
+    check_guided({"json": '{"type": "object"}'}, validate)
+    with pytest.raises(ConstraintUnusable) as refused:
+        check_guided({"grammar": "secret"}, validate)
+    assert "secret" not in str(refused.value)

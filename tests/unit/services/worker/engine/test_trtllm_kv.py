@@ -174,6 +174,7 @@ def test_a_lost_event_makes_all_forgotten(rank: Rank, translator: KvTranslator) 
         {"type": "removed"},
         {"type": "removed", "block_hashes": ["x"]},
         {"type": "stored", "parent_hash": None, "blocks": [{"tokens": [1, 2, 3, 4]}]},
+        {"type": "stored", "parent_hash": None, "blocks": [block(9, [1, 2, 3, 1 << 31])]},
     ],
 )
 def test_what_cannot_be_read_makes_all_forgotten(

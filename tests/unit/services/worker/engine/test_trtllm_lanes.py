@@ -25,7 +25,6 @@ from services.worker.engine.trtllm_guided import ConstraintUnusable
 from services.worker.engine.trtllm_lanes import Guide, Lanes
 from services.worker.engine.trtllm_requests import Guides, Requests
 from services.worker.engine.trtllm_state import LaneLimits
-from services.worker.engine.trtllm_walk import Walks
 from services.worker.engine.wire import Counters, Report, pack_step, unpack_step
 
 EOS = 2
@@ -67,6 +66,7 @@ class Result:
         self.cached_tokens = 1
         self.aborts = 0
         self.abort_error: Exception | None = None
+        self.is_told_to_end = False
         self._said: asyncio.Queue[tuple[list[int], str | None] | Exception] = asyncio.Queue()
 
     def say(self, *token_ids: int, end: str | None = None) -> None:
@@ -97,40 +97,21 @@ class Result:
 
 
 @dataclass
-class Walk:
-    """A constraint that allows what it is told to, step by step."""
-
-    steps: list[set[int] | None]
-
-    def allowed(self, *, keeps_on: bool) -> set[int] | None:
-        assert not keeps_on
-        if not self.steps:
-            raise ConstraintUnusable("nothing may follow")
-        return self.steps.pop(0)
-
-    def take(self, token_id: int) -> None:
-        assert token_id != EOS
-
-
-@dataclass
 class World:
     """Lanes of a scripted engine, and all that they tell."""
 
     limits: LaneLimits = LIMITS
     refusal: Exception | None = None
+    compiler_error: BaseException | None = None
     started: list[Result] = field(default_factory=list)
     batches: list[StepBatch] = field(default_factory=list)
     deaths: list[BaseException] = field(default_factory=list)
     taken: list[int] = field(default_factory=list)
-    walk: list[set[int] | None] = field(default_factory=list)
-    can_bias: bool = True
-    allowed: list[set[int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.lanes = Lanes(
             cast("Requests", self),
             cast("Guides", self),
-            cast("Walks", self),
             self.limits,
             request_error=RequestError,
             dead_error=EngineDeadError,
@@ -143,24 +124,20 @@ class World:
         request: EngineRequest,
         room: int,
         guide: Guide | None,
-        allowed: set[int] | None = None,
     ) -> Result:
         if self.refusal is not None:
             raise self.refusal
-        if allowed is not None:
-            self.allowed.append(allowed)
         self.taken.append(room)
         result = Result(request, guide)
         self.started.append(result)
         return result
 
     def check(self, constraint: Constraint) -> Mapping[str, object]:
+        if self.compiler_error is not None:
+            raise self.compiler_error
         if constraint.grammar == "bad":
             raise ConstraintUnusable("the constraint does not compile")
         return {"grammar": constraint.grammar}
-
-    def begin(self, _request: EngineRequest) -> Walk:
-        return Walk(self.walk)
 
     def _send(self, report: Report) -> None:
         batch = StepBatch()
@@ -406,90 +383,15 @@ async def test_errors_about_constrained_executions_keep_their_words_to_themselve
     assert "secret" not in world.ended[0].message
 
 
-CONTINUED = replace(PLAIN, constraint=REGEX, continue_ids=(5,))
-
-
-async def draws(world: World, *token_ids: int) -> None:
-    """Lets the engine draw, one request for each token."""
-    for number, token_id in enumerate(token_ids, 1 + len(world.started)):
-        async with asyncio.timeout(5):
-            while len(world.started) < number:  # noqa: ASYNC110 - a thread works first
-                await asyncio.sleep(0.001)
-        world.started[-1].say(token_id, end="length")
-    await until_ended(world)
-
-
-async def until_ended(world: World) -> None:
-    async with asyncio.timeout(5):
-        while not world.ended:  # noqa: ASYNC110 - a thread works first
-            await asyncio.sleep(0.001)
-
-
-async def test_a_constrained_output_goes_on_with_one_request_for_each_token() -> None:
-    world = World(walk=[{20, 21}, {21, EOS}, None])
-    world.lanes.submit(1, replace(CONTINUED, top_logprobs=0))
-    await draws(world, 20, 21)
-
-    steps = [result.request for result in world.started]
-    assert world.tokens(1) == [20, 21]
-    assert world.ended == [Ended(1, EndReason.END_OF_SEQUENCE)]
-    assert [step.continue_ids for step in steps] == [(5,), (5, 20)]
-    assert {step.constraint for step in steps} == {None}
-    assert len({step.sampling.seed for step in steps}) == 2
-    assert world.allowed == [{20, 21}, {21, EOS}]
-    assert sum(len(batch.prefilled) for batch in world.batches) == 1
-    assert world.lanes.counts.held_tokens == 0
-
-
-@pytest.mark.parametrize(
-    ("walk", "drawn", "ended"),
-    [
-        ([{20, EOS}], [EOS], Ended(1, EndReason.END_OF_SEQUENCE)),
-        ([{50}], [50], Ended(1, EndReason.STOP_TOKEN, 50)),
-        ([{20}] * 3, [20, 20], Ended(1, EndReason.MAX_TOKENS)),
-    ],
-)
-async def test_a_constrained_output_that_goes_on_ends_like_any_other(
-    walk: list[set[int] | None], drawn: list[int], ended: Ended
-) -> None:
-    world = World(walk=walk)
-    request = replace(CONTINUED, stop_token_ids=frozenset({50}), max_output_tokens=3)
-    world.lanes.submit(1, request)
-    await draws(world, *drawn)
-
-    assert world.ended == [ended]
-
-
-async def test_a_constrained_output_that_goes_on_can_be_aborted() -> None:
-    world = World(walk=[{20}] * 9)
-    world.lanes.submit(1, CONTINUED)
-    async with asyncio.timeout(5):
-        while not world.started:  # noqa: ASYNC110 - a thread works first
-            await asyncio.sleep(0.001)
-    world.lanes.abort(1)
-    world.started[0].say(end="cancelled")
-    await until_ended(world)
-
-    assert world.started[0].aborts == 1
-    assert world.ended == [Ended(1, EndReason.ABORTED)]
-    assert len(world.started) == 1
-
-
-async def test_a_constrained_output_cannot_go_on_without_biases() -> None:
-    world = World(walk=[{20}], can_bias=False)
-    world.lanes.submit(1, CONTINUED)
-    await until_ended(world)
+async def test_an_output_under_a_constraint_that_was_begun_elsewhere_is_refused() -> None:
+    world = World()
+    world.lanes.submit(1, replace(PLAIN, constraint=REGEX, continue_ids=(5,)))
+    await world.settle()
 
     assert world.started == []
-    assert world.ended[0].reason is EndReason.FAILED
-
-
-async def test_an_output_that_does_not_fit_its_constraint_fails_alone() -> None:
-    world = World(walk=[])
-    world.lanes.submit(1, CONTINUED)
-    await until_ended(world)
-
-    assert world.ended == [Ended(1, EndReason.FAILED, message="nothing may follow")]
+    assert [(ended.lane, ended.reason) for ended in world.ended] == [(1, EndReason.FAILED)]
+    assert "begin it anew" in world.ended[0].message
+    assert world.lanes.counts.waiting_tokens == 0
 
 
 def background(tokens: int = 8) -> EngineRequest:
@@ -581,3 +483,34 @@ async def test_scores_stand_beside_their_rows() -> None:
     assert first.logprobs[1] == -1.0
     assert second.logprobs[1] == -2.0
     assert second.top_token_ids == [-1, 9]
+
+
+async def test_many_in_the_background_may_be_refused_one_after_the_other() -> None:
+    world = World()
+    world.lanes.submit(1, PLAIN)
+    for lane in range(2, 602):
+        world.lanes.submit(lane, background())
+    world.refusal = ValueError("too long")
+    world.started[0].say(EOS, end="stop")
+    await world.settle()
+
+    assert world.deaths == []
+    assert sorted(ended.lane for ended in world.ended) == list(range(1, 602))
+    assert sum(ended.reason is EndReason.FAILED for ended in world.ended) == 600
+
+
+class PanicError(BaseException):
+    """As libraries in Rust raise them."""
+
+
+@pytest.mark.parametrize("kind", [RecursionError, PanicError])
+async def test_a_constraint_that_breaks_its_compiler_fails_alone(kind: type[BaseException]) -> None:
+    world = World()
+    world.compiler_error = kind("of secret")
+    world.lanes.submit(1, replace(PLAIN, constraint=REGEX))
+    await compiled(world)
+    await world.settle()
+
+    assert [ended.reason for ended in world.ended] == [EndReason.FAILED]
+    assert "secret" not in world.ended[0].message
+    assert world.deaths == []

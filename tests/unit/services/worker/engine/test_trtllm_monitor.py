@@ -8,12 +8,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from services.worker.engine import trtllm_monitor
 from services.worker.engine.trtllm_monitor import (
     STUCK_S,
     Monitor,
+    Process,
     engine_processes,
     find_dead,
 )
@@ -67,6 +70,20 @@ def test_children_are_found_and_missed(helper: subprocess.Popen[bytes]) -> None:
     assert process.name == "sleep"
     assert alive is None
     assert find_dead(frozenset(found)) == process
+
+
+def test_a_process_that_cannot_be_looked_at_is_not_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where this process has no file descriptor left."""
+    monkeypatch.setattr(trtllm_monitor, "_PROC", tmp_path)
+    process = frozenset({Process(7, 1, "orted")})
+    (tmp_path / "7" / "stat").mkdir(parents=True)
+    unreadable = find_dead(process)
+    (tmp_path / "7" / "stat").rmdir()
+
+    assert unreadable is None
+    assert find_dead(process) is not None
 
 
 def test_what_a_launcher_has_started_counts_and_what_a_python_process_has_does_not() -> None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import pytest
 
+from services.worker.engine import trtllm_requests
 from services.worker.engine.base import (
     Adapter,
     AdapterUnusable,
@@ -140,19 +140,6 @@ def test_biases_are_a_tensor_as_long_as_the_vocabulary(world: World) -> None:
     assert {at: value for at, value in enumerate(bias.tolist()) if value} == {7: -1.5, 9: 2.0}
 
 
-def test_what_is_not_allowed_is_biased_away_whatever_else_is_asked_for(world: World) -> None:
-    allowed = np.zeros(300, np.bool_)
-    allowed[[7, 9]] = True
-    sampling = replace(PLAIN.sampling, logit_bias=((7, -1.5), (8, 100.0)))
-    world.requests.start(replace(PLAIN, sampling=sampling), 1, None, allowed)
-
-    bias = getattr(world.engine.calls[0]["sampling_params"], "embedding_bias", None)
-    assert bias is not None
-    found = bias.tolist()
-    assert (found[7], found[9]) == (-1.5, 0)
-    assert max(found[:7] + found[8:9] + found[10:]) < -1000
-
-
 @pytest.mark.parametrize(
     ("text", "given"),
     [
@@ -200,6 +187,29 @@ def test_a_guide_becomes_what_params_take(world: World) -> None:
 def test_constraints_are_refused_where_they_are_switched_off(surface: Surface) -> None:
     with pytest.raises(ConstraintUnusable):
         Guides(surface, None).check(REGEX)
+
+
+def test_xgrammar_gets_grammars_that_only_it_reads(surface: Surface) -> None:
+    choices = Constraint(kind=ConstraintKind.CHOICES, source='["a", "b"]', grammar='start: "a"|"b"')
+
+    assert Guides(surface, "xgrammar").check(choices) == {"grammar": 'root ::= "a" | "b"'}
+
+
+def test_constraints_that_were_checked_are_kept_within_bounds(
+    surface: Surface, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many characters as two of them have; of those the first is looked at again."""
+    looked_at: list[str] = []
+    monkeypatch.setattr(trtllm_requests, "_CHECKED_CHARACTERS_MAX", 50)
+    monkeypatch.setattr(
+        trtllm_requests, "check_guided", lambda keywords, _: looked_at.append(keywords["grammar"])
+    )
+    guides = Guides(surface, "llguidance")
+    for letter in "aababcca":
+        grammar = f"start: /{letter * 8}/"
+        guides.check(replace(REGEX, grammar=grammar))
+
+    assert [text[8] for text in looked_at] == list("abca")
 
 
 def adapter(folder: Path, number: int) -> Adapter:
