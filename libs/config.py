@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Self, TypeVar
 
 import pydantic
+
+from libs.failpoints import Rule
 
 _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -104,6 +106,39 @@ class PostgresSection(Section):
     statement_timeout: Seconds = 5.0
 
 
+class FailpointsSection(Section):
+    """Where the process is to die, for campaigns that show what survives (libs/failpoints.py).
+
+    Attributes:
+        allow: the process may start with points; never in production.
+        points: rules, as "journal.opened=kill@3".
+        marks: folder in which each rule notes that it has acted, so that it acts once over all
+            lives of the process.
+    """
+
+    allow: bool = False
+    points: list[str] = []
+    marks: Path | None = None
+
+    @pydantic.field_validator("points")
+    @classmethod
+    def _check_points(cls, points: list[str]) -> list[str]:
+        # BadRule is a ValueError, which pydantic reports with the key's path.
+        for text in points:
+            Rule.parse(text)
+        return points
+
+    @pydantic.model_validator(mode="after")
+    def _check_allowed(self) -> Self:
+        if self.points and not self.allow:
+            raise ValueError("points are for tests only and need allow = true")
+        return self
+
+    def rules(self) -> list[Rule]:
+        """The rules."""
+        return [Rule.parse(text) for text in self.points]
+
+
 class ServiceConfig(Section):
     """What every process has.
 
@@ -111,11 +146,13 @@ class ServiceConfig(Section):
         server: where it listens.
         log: what it logs.
         identity: who it is to others.
+        failpoints: where it is to die; nowhere, outside of tests.
     """
 
     server: ServerSection
     log: LogSection = LogSection()
     identity: IdentitySection
+    failpoints: FailpointsSection = FailpointsSection()
 
 
 class ConfigError(Exception):

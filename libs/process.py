@@ -18,7 +18,7 @@ from typing import Any, Self
 import structlog
 
 from libs import config as configuration
-from libs import observability
+from libs import failpoints, observability
 from libs.config import ConfigError, ConfigT, ServiceConfig
 from libs.loop import EventLoop
 
@@ -61,6 +61,7 @@ def run(kind: type[ConfigT], main: Callable[[ConfigT], Awaitable[None]]) -> None
 def _run(config: ConfigT, main: Callable[[ConfigT], Awaitable[None]]) -> int:
     if isinstance(config, ServiceConfig):
         observability.configure_logs(config.identity.name, config.log.level)
+        failpoints.arm(config.failpoints.rules(), config.failpoints.marks)
 
     async def guarded() -> None:
         await main(config)

@@ -49,6 +49,16 @@ def _details(error: MaasError, request_id: str) -> list[Message]:
                 ]
             )
         )
+    if "limit" in error.metadata and error.code is Code.RESOURCE_EXHAUSTED:
+        details.append(
+            error_details_pb2.QuotaFailure(
+                violations=[
+                    error_details_pb2.QuotaFailure.Violation(
+                        subject=error.metadata["limit"], description=error.message
+                    )
+                ]
+            )
+        )
     if "resource" in error.metadata:
         details.append(error_details_pb2.ResourceInfo(resource_name=error.metadata["resource"]))
     if error.violations:

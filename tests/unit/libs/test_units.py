@@ -9,30 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libs.units import affordable_output_tokens, charge, charge_usage
+from libs.units import Rates
 
 tokens = st.integers(0, 10**9)
 prices = st.integers(0, 10**15)
-
-
-@given(tokens, prices)
-def test_charge_is_the_exact_amount_rounded_up(count: int, price: int) -> None:
-    assert charge(count, price) == ceil(Fraction(count * price, 1_000_000))
-
-
-@given(tokens, tokens, prices)
-def test_splitting_a_line_never_costs_less_and_at_most_a_nano_more(
-    one: int, other: int, price: int
-) -> None:
-    whole = charge(one + other, price)
-    parts = charge(one, price) + charge(other, price)
-
-    assert whole <= parts <= whole + 1
-
-
-@given(tokens, prices)
-def test_more_tokens_never_cost_less(count: int, price: int) -> None:
-    assert charge(count, price) <= charge(count + 1, price)
 
 
 @pytest.mark.parametrize(
@@ -46,126 +26,181 @@ def test_more_tokens_never_cost_less(count: int, price: int) -> None:
         (2**40, 2**60, 2**100 // 10**6 + 1),
     ],
 )
-def test_charge_of_known_amounts(count: int, price: int, want: int) -> None:
-    assert charge(count, price) == want
-
-
-@given(tokens, tokens, prices, prices)
-def test_generation_costs_the_sum_of_its_lines(
-    input_tokens: int, output_tokens: int, input_price: int, output_price: int
-) -> None:
-    got = charge_usage(
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
-        input_price=input_price,
-        output_price=output_price,
+def test_lines_of_known_amounts_are_rounded_up(count: int, price: int, want: int) -> None:
+    assert (
+        Rates(input_price=price, output_price=0).charge(input_tokens=count, output_tokens=0) == want
+    )
+    assert (
+        Rates(input_price=0, output_price=price).charge(input_tokens=0, output_tokens=count) == want
     )
 
-    assert got == charge(input_tokens, input_price) + charge(output_tokens, output_price)
 
+@given(tokens, prices, prices)
+def test_more_tokens_never_cost_less(count: int, input_price: int, output_price: int) -> None:
+    rate = Rates(input_price=input_price, output_price=output_price)
+    cost = rate.charge(input_tokens=count, output_tokens=count)
 
-@pytest.mark.parametrize(("count", "price"), [(-1, 1), (1, -1)])
-def test_negative_numbers_are_a_defect(count: int, price: int) -> None:
-    with pytest.raises(ValueError, match="not negative"):
-        charge(count, price)
-
-
-@given(tokens, prices, prices, st.integers(0, 2**63 - 1))
-def test_what_is_affordable_is_the_most_that_the_charge_allows(
-    input_tokens: int, input_price: int, output_price: int, nanos: int
-) -> None:
-    def cost(output_tokens: int) -> int:
-        return charge_usage(
-            input_tokens=input_tokens,
-            output_tokens=output_tokens,
-            input_price=input_price,
-            output_price=output_price,
-        )
-
-    most = affordable_output_tokens(
-        nanos=nanos, input_tokens=input_tokens, input_price=input_price, output_price=output_price
-    )
-
-    if most is None:
-        assert output_price == 0
-        assert cost(2**40) <= nanos
-    elif most < 0:
-        assert cost(0) > nanos
-    else:
-        assert cost(most) <= nanos < cost(most + 1)
-
-
-@given(st.integers(0, 10**15), st.integers(0, 10**6), prices, st.integers(1, 10**12))
-def test_affordable_is_the_most_that_is_charged_no_more_than_the_amount(
-    nanos: int, input_tokens: int, input_price: int, output_price: int
-) -> None:
-    def cost(output_tokens: int) -> int:
-        return charge_usage(
-            input_tokens=input_tokens,
-            output_tokens=output_tokens,
-            input_price=input_price,
-            output_price=output_price,
-        )
-
-    most = affordable_output_tokens(
-        nanos=nanos, input_tokens=input_tokens, input_price=input_price, output_price=output_price
-    )
-
-    assert most is not None
-    if most < 0:
-        assert cost(0) > nanos
-    else:
-        assert cost(most) <= nanos < cost(most + 1)
+    assert cost <= rate.charge(input_tokens=count + 1, output_tokens=count)
+    assert cost <= rate.charge(input_tokens=count, output_tokens=count + 1)
 
 
 @pytest.mark.parametrize(("nanos", "want"), [(7, None), (6, -1)])
 def test_free_output_is_bounded_by_its_input_only(nanos: int, want: int | None) -> None:
-    got = affordable_output_tokens(
-        nanos=nanos, input_tokens=7, input_price=1_000_000, output_price=0
-    )
+    rate = Rates(input_price=1_000_000, output_price=0)
 
-    assert got == want
+    assert rate.affordable(nanos=nanos, input_tokens=7) == want
 
 
-@given(tokens, st.data(), prices, prices, prices)
+@given(tokens, st.data(), prices, prices)
 def test_cache_hit_never_costs_more_than_a_miss(
-    input_tokens: int, data: st.DataObject, input_price: int, cached_price: int, output_price: int
+    count: int, data: st.DataObject, price: int, other: int
 ) -> None:
-    cached = data.draw(st.integers(0, input_tokens))
-    miss = charge_usage(
-        input_tokens=input_tokens,
-        output_tokens=3,
-        input_price=input_price,
-        output_price=output_price,
+    cached = data.draw(st.integers(0, count))
+    rate = Rates(
+        input_price=max(price, other), output_price=price, cached_input_price=min(price, other)
     )
-    hit = charge_usage(
-        input_tokens=input_tokens,
-        output_tokens=3,
-        input_price=input_price,
-        output_price=output_price,
+
+    hit = rate.charge(input_tokens=count, output_tokens=3, cached_input_tokens=cached)
+
+    assert hit <= rate.charge(input_tokens=count, output_tokens=3)
+
+
+rates = st.builds(
+    lambda prices, cached, reasoning, request, percent: Rates(
+        input_price=max(prices),
+        output_price=prices[1],
+        cached_input_price=cached if cached is None else min(cached, max(prices)),
+        reasoning_price=reasoning,
+        request_price=request,
+        background_discount_percent=percent,
+    ),
+    st.tuples(prices, prices),
+    st.none() | prices,
+    st.none() | prices,
+    prices,
+    st.integers(0, 100),
+)
+parts = st.tuples(st.integers(0, 10**6), st.integers(0, 10**6))
+
+
+@given(rate=rates, given_input=parts, given_output=parts, background=st.booleans())
+def test_charge_of_rates_is_the_sum_of_exact_lines_rounded_up_once_each(
+    *, rate: Rates, given_input: tuple[int, int], given_output: tuple[int, int], background: bool
+) -> None:
+    (fresh, cached), (plain, reasoning) = given_input, given_output
+    paid = Fraction(100 - rate.background_discount_percent, 100) if background else Fraction(1)
+
+    def line(count: int, price: int) -> int:
+        return ceil(Fraction(count * price, 1_000_000) * paid)
+
+    def of_two(one: int, price: int, other: int, other_price: int | None) -> int:
+        if not other or other_price is None:
+            return line(one + other, price)
+        whole = line(one + other, max(price, other_price))
+        return min(whole, line(one, price) + line(other, other_price))
+
+    got = rate.charge(
+        input_tokens=fresh + cached,
+        output_tokens=plain + reasoning,
         cached_input_tokens=cached,
-        cached_input_price=cached_price,
+        reasoning_tokens=reasoning,
+        is_background=background,
     )
-    split = charge(input_tokens - cached, input_price) + charge(cached, cached_price)
 
-    assert hit == min(miss, split + charge(3, output_price))
+    assert got == (
+        of_two(fresh, rate.input_price, cached, rate.cached_input_price)
+        + of_two(plain, rate.output_price, reasoning, rate.reasoning_price)
+        + ceil(rate.request_price * paid)
+    )
 
 
-def test_cached_tokens_have_their_own_price() -> None:
-    nanos = charge_usage(
-        input_tokens=1000,
-        output_tokens=0,
+@given(rate=rates, given_input=parts, given_output=parts, background=st.booleans())
+def test_no_charge_is_more_than_what_was_held_for_it(
+    *, rate: Rates, given_input: tuple[int, int], given_output: tuple[int, int], background: bool
+) -> None:
+    (fresh, cached), (plain, reasoning) = given_input, given_output
+    held = rate.most(
+        input_tokens=fresh + cached, output_tokens=plain + reasoning, is_background=background
+    )
+
+    got = rate.charge(
+        input_tokens=fresh + cached,
+        output_tokens=plain + reasoning,
+        cached_input_tokens=cached,
+        reasoning_tokens=reasoning,
+        is_background=background,
+    )
+
+    assert got <= held
+
+
+@given(
+    rate=rates,
+    input_tokens=st.integers(0, 10**6),
+    nanos=st.integers(0, 2**63 - 1),
+    background=st.booleans(),
+)
+def test_affordable_output_is_the_most_that_fits(
+    *, rate: Rates, input_tokens: int, nanos: int, background: bool
+) -> None:
+    def most(output_tokens: int) -> int:
+        return rate.most(
+            input_tokens=input_tokens, output_tokens=output_tokens, is_background=background
+        )
+
+    found = rate.affordable(nanos=nanos, input_tokens=input_tokens, is_background=background)
+
+    if found is None:
+        assert most(2**40) == most(0) <= nanos
+    elif found < 0:
+        assert most(0) > nanos
+    else:
+        assert most(found) <= nanos < most(found + 1)
+
+
+def test_every_line_of_known_rates_has_its_discount() -> None:
+    rate = Rates(
         input_price=2_000_000,
-        output_price=0,
-        cached_input_tokens=600,
+        output_price=4_000_000,
         cached_input_price=500_000,
+        reasoning_price=1_000_000,
+        request_price=101,
+        background_discount_percent=50,
     )
 
-    assert nanos == 400 * 2 + 300
+    def cost(*, is_background: bool) -> int:
+        return rate.charge(
+            input_tokens=10,
+            cached_input_tokens=3,
+            output_tokens=7,
+            reasoning_tokens=2,
+            is_background=is_background,
+        )
+
+    assert cost(is_background=False) == (14 + 2) + (20 + 2) + 101
+    assert cost(is_background=True) == (7 + 1) + (10 + 1) + 51
 
 
-def test_more_cached_tokens_than_input_is_a_defect() -> None:
-    with pytest.raises(ValueError, match="part of the input"):
-        charge_usage(
-            input_tokens=1, output_tokens=0, input_price=1, output_price=1, cached_input_tokens=2
+@pytest.mark.parametrize("field", ["input_price", "reasoning_price", "request_price"])
+def test_negative_rates_are_a_defect(field: str) -> None:
+    with pytest.raises(ValueError, match="not negative"):
+        Rates(**{"input_price": 1, "output_price": 1, field: -1})
+
+
+def test_discount_is_a_percentage() -> None:
+    with pytest.raises(ValueError, match="percent"):
+        Rates(input_price=1, output_price=1, background_discount_percent=101)
+
+
+@pytest.mark.parametrize("counts", [(1, 2, 0, 0), (0, 0, 1, 2), (-1, 0, 0, 0), (0, -1, 0, 0)])
+def test_parts_that_are_more_than_their_whole_are_a_defect(
+    counts: tuple[int, int, int, int],
+) -> None:
+    input_tokens, cached, output_tokens, reasoning = counts
+    with pytest.raises(ValueError, match="part of"):
+        Rates(input_price=1, output_price=1).charge(
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            cached_input_tokens=cached,
+            reasoning_tokens=reasoning,
         )

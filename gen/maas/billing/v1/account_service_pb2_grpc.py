@@ -56,6 +56,26 @@ class AccountServiceStub(object):
                 request_serializer=maas_dot_billing_dot_v1_dot_account__service__pb2.PostEntryRequest.SerializeToString,
                 response_deserializer=maas_dot_billing_dot_v1_dot_account__service__pb2.PostEntryResponse.FromString,
                 _registered_method=True)
+        self.CreateGrant = channel.unary_unary(
+                '/maas.billing.v1.AccountService/CreateGrant',
+                request_serializer=maas_dot_billing_dot_v1_dot_account__service__pb2.CreateGrantRequest.SerializeToString,
+                response_deserializer=maas_dot_billing_dot_v1_dot_account__service__pb2.CreateGrantResponse.FromString,
+                _registered_method=True)
+        self.ListGrants = channel.unary_unary(
+                '/maas.billing.v1.AccountService/ListGrants',
+                request_serializer=maas_dot_billing_dot_v1_dot_account__service__pb2.ListGrantsRequest.SerializeToString,
+                response_deserializer=maas_dot_billing_dot_v1_dot_account__service__pb2.ListGrantsResponse.FromString,
+                _registered_method=True)
+        self.SetCreditLimit = channel.unary_unary(
+                '/maas.billing.v1.AccountService/SetCreditLimit',
+                request_serializer=maas_dot_billing_dot_v1_dot_account__service__pb2.SetCreditLimitRequest.SerializeToString,
+                response_deserializer=maas_dot_billing_dot_v1_dot_account__service__pb2.SetCreditLimitResponse.FromString,
+                _registered_method=True)
+        self.RefundUsage = channel.unary_unary(
+                '/maas.billing.v1.AccountService/RefundUsage',
+                request_serializer=maas_dot_billing_dot_v1_dot_account__service__pb2.RefundUsageRequest.SerializeToString,
+                response_deserializer=maas_dot_billing_dot_v1_dot_account__service__pb2.RefundUsageResponse.FromString,
+                _registered_method=True)
         self.GetBalance = channel.unary_unary(
                 '/maas.billing.v1.AccountService/GetBalance',
                 request_serializer=maas_dot_billing_dot_v1_dot_account__service__pb2.GetBalanceRequest.SerializeToString,
@@ -103,6 +123,39 @@ class AccountServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateGrant(self, request, context):
+        """Gives credit that may expire. Repeating with equal content returns the grant;
+        with other content it is ALREADY_EXISTS. PostEntry with ENTRY_KIND_GRANT makes
+        one that does not expire, too.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListGrants(self, request, context):
+        """Lists the grants of an account that have something left, in the order in which
+        they are used up, then, when asked for, the others.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetCreditLimit(self, request, context):
+        """Says how far an account may go below zero: an account that pays afterwards.
+        A limit below what has been used already stops new requests, nothing else.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RefundUsage(self, request, context):
+        """Gives back what a generation cost, or a part of it, as a grant that does not
+        expire. Refunds of a generation never sum to more than its charge.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetBalance(self, request, context):
         """Reads the money of an account.
         """
@@ -139,6 +192,26 @@ def add_AccountServiceServicer_to_server(servicer, server):
                     servicer.PostEntry,
                     request_deserializer=maas_dot_billing_dot_v1_dot_account__service__pb2.PostEntryRequest.FromString,
                     response_serializer=maas_dot_billing_dot_v1_dot_account__service__pb2.PostEntryResponse.SerializeToString,
+            ),
+            'CreateGrant': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateGrant,
+                    request_deserializer=maas_dot_billing_dot_v1_dot_account__service__pb2.CreateGrantRequest.FromString,
+                    response_serializer=maas_dot_billing_dot_v1_dot_account__service__pb2.CreateGrantResponse.SerializeToString,
+            ),
+            'ListGrants': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListGrants,
+                    request_deserializer=maas_dot_billing_dot_v1_dot_account__service__pb2.ListGrantsRequest.FromString,
+                    response_serializer=maas_dot_billing_dot_v1_dot_account__service__pb2.ListGrantsResponse.SerializeToString,
+            ),
+            'SetCreditLimit': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetCreditLimit,
+                    request_deserializer=maas_dot_billing_dot_v1_dot_account__service__pb2.SetCreditLimitRequest.FromString,
+                    response_serializer=maas_dot_billing_dot_v1_dot_account__service__pb2.SetCreditLimitResponse.SerializeToString,
+            ),
+            'RefundUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.RefundUsage,
+                    request_deserializer=maas_dot_billing_dot_v1_dot_account__service__pb2.RefundUsageRequest.FromString,
+                    response_serializer=maas_dot_billing_dot_v1_dot_account__service__pb2.RefundUsageResponse.SerializeToString,
             ),
             'GetBalance': grpc.unary_unary_rpc_method_handler(
                     servicer.GetBalance,
@@ -261,6 +334,114 @@ class AccountService(object):
             '/maas.billing.v1.AccountService/PostEntry',
             maas_dot_billing_dot_v1_dot_account__service__pb2.PostEntryRequest.SerializeToString,
             maas_dot_billing_dot_v1_dot_account__service__pb2.PostEntryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateGrant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/maas.billing.v1.AccountService/CreateGrant',
+            maas_dot_billing_dot_v1_dot_account__service__pb2.CreateGrantRequest.SerializeToString,
+            maas_dot_billing_dot_v1_dot_account__service__pb2.CreateGrantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListGrants(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/maas.billing.v1.AccountService/ListGrants',
+            maas_dot_billing_dot_v1_dot_account__service__pb2.ListGrantsRequest.SerializeToString,
+            maas_dot_billing_dot_v1_dot_account__service__pb2.ListGrantsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetCreditLimit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/maas.billing.v1.AccountService/SetCreditLimit',
+            maas_dot_billing_dot_v1_dot_account__service__pb2.SetCreditLimitRequest.SerializeToString,
+            maas_dot_billing_dot_v1_dot_account__service__pb2.SetCreditLimitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RefundUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/maas.billing.v1.AccountService/RefundUsage',
+            maas_dot_billing_dot_v1_dot_account__service__pb2.RefundUsageRequest.SerializeToString,
+            maas_dot_billing_dot_v1_dot_account__service__pb2.RefundUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,

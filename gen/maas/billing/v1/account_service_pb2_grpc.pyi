@@ -47,6 +47,23 @@ class AccountServiceStub:
     """Moves money between an account and "accounts/system-funding". The balance
     may not fall below what is held.
     """
+    CreateGrant: _grpc.UnaryUnaryMultiCallable[_account_service_pb2.CreateGrantRequest, _account_service_pb2.CreateGrantResponse]
+    """Gives credit that may expire. Repeating with equal content returns the grant;
+    with other content it is ALREADY_EXISTS. PostEntry with ENTRY_KIND_GRANT makes
+    one that does not expire, too.
+    """
+    ListGrants: _grpc.UnaryUnaryMultiCallable[_account_service_pb2.ListGrantsRequest, _account_service_pb2.ListGrantsResponse]
+    """Lists the grants of an account that have something left, in the order in which
+    they are used up, then, when asked for, the others.
+    """
+    SetCreditLimit: _grpc.UnaryUnaryMultiCallable[_account_service_pb2.SetCreditLimitRequest, _account_service_pb2.SetCreditLimitResponse]
+    """Says how far an account may go below zero: an account that pays afterwards.
+    A limit below what has been used already stops new requests, nothing else.
+    """
+    RefundUsage: _grpc.UnaryUnaryMultiCallable[_account_service_pb2.RefundUsageRequest, _account_service_pb2.RefundUsageResponse]
+    """Gives back what a generation cost, or a part of it, as a grant that does not
+    expire. Refunds of a generation never sum to more than its charge.
+    """
     GetBalance: _grpc.UnaryUnaryMultiCallable[_account_service_pb2.GetBalanceRequest, _account_service_pb2.GetBalanceResponse]
     """Reads the money of an account."""
     ListLedgerEntries: _grpc.UnaryUnaryMultiCallable[_account_service_pb2.ListLedgerEntriesRequest, _account_service_pb2.ListLedgerEntriesResponse]
@@ -70,6 +87,23 @@ class AccountServiceAsyncStub(AccountServiceStub):
     PostEntry: _aio.UnaryUnaryMultiCallable[_account_service_pb2.PostEntryRequest, _account_service_pb2.PostEntryResponse]  # type: ignore[assignment]
     """Moves money between an account and "accounts/system-funding". The balance
     may not fall below what is held.
+    """
+    CreateGrant: _aio.UnaryUnaryMultiCallable[_account_service_pb2.CreateGrantRequest, _account_service_pb2.CreateGrantResponse]  # type: ignore[assignment]
+    """Gives credit that may expire. Repeating with equal content returns the grant;
+    with other content it is ALREADY_EXISTS. PostEntry with ENTRY_KIND_GRANT makes
+    one that does not expire, too.
+    """
+    ListGrants: _aio.UnaryUnaryMultiCallable[_account_service_pb2.ListGrantsRequest, _account_service_pb2.ListGrantsResponse]  # type: ignore[assignment]
+    """Lists the grants of an account that have something left, in the order in which
+    they are used up, then, when asked for, the others.
+    """
+    SetCreditLimit: _aio.UnaryUnaryMultiCallable[_account_service_pb2.SetCreditLimitRequest, _account_service_pb2.SetCreditLimitResponse]  # type: ignore[assignment]
+    """Says how far an account may go below zero: an account that pays afterwards.
+    A limit below what has been used already stops new requests, nothing else.
+    """
+    RefundUsage: _aio.UnaryUnaryMultiCallable[_account_service_pb2.RefundUsageRequest, _account_service_pb2.RefundUsageResponse]  # type: ignore[assignment]
+    """Gives back what a generation cost, or a part of it, as a grant that does not
+    expire. Refunds of a generation never sum to more than its charge.
     """
     GetBalance: _aio.UnaryUnaryMultiCallable[_account_service_pb2.GetBalanceRequest, _account_service_pb2.GetBalanceResponse]  # type: ignore[assignment]
     """Reads the money of an account."""
@@ -115,6 +149,47 @@ class AccountServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_account_service_pb2.PostEntryResponse, _abc.Awaitable[_account_service_pb2.PostEntryResponse]]:
         """Moves money between an account and "accounts/system-funding". The balance
         may not fall below what is held.
+        """
+
+    @_abc_1.abstractmethod
+    def CreateGrant(
+        self,
+        request: _account_service_pb2.CreateGrantRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_account_service_pb2.CreateGrantResponse, _abc.Awaitable[_account_service_pb2.CreateGrantResponse]]:
+        """Gives credit that may expire. Repeating with equal content returns the grant;
+        with other content it is ALREADY_EXISTS. PostEntry with ENTRY_KIND_GRANT makes
+        one that does not expire, too.
+        """
+
+    @_abc_1.abstractmethod
+    def ListGrants(
+        self,
+        request: _account_service_pb2.ListGrantsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_account_service_pb2.ListGrantsResponse, _abc.Awaitable[_account_service_pb2.ListGrantsResponse]]:
+        """Lists the grants of an account that have something left, in the order in which
+        they are used up, then, when asked for, the others.
+        """
+
+    @_abc_1.abstractmethod
+    def SetCreditLimit(
+        self,
+        request: _account_service_pb2.SetCreditLimitRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_account_service_pb2.SetCreditLimitResponse, _abc.Awaitable[_account_service_pb2.SetCreditLimitResponse]]:
+        """Says how far an account may go below zero: an account that pays afterwards.
+        A limit below what has been used already stops new requests, nothing else.
+        """
+
+    @_abc_1.abstractmethod
+    def RefundUsage(
+        self,
+        request: _account_service_pb2.RefundUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_account_service_pb2.RefundUsageResponse, _abc.Awaitable[_account_service_pb2.RefundUsageResponse]]:
+        """Gives back what a generation cost, or a part of it, as a grant that does not
+        expire. Refunds of a generation never sum to more than its charge.
         """
 
     @_abc_1.abstractmethod

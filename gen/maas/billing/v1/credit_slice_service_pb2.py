@@ -26,10 +26,11 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from maas.billing.v1 import ledger_pb2 as maas_dot_billing_dot_v1_dot_ledger__pb2
 from maas.common.v1 import options_pb2 as maas_dot_common_dot_v1_dot_options__pb2
+from maas.common.v1 import receipt_pb2 as maas_dot_common_dot_v1_dot_receipt__pb2
 from maas.common.v1 import usage_pb2 as maas_dot_common_dot_v1_dot_usage__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*maas/billing/v1/credit_slice_service.proto\x12\x0fmaas.billing.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1cmaas/billing/v1/ledger.proto\x1a\x1cmaas/common/v1/options.proto\x1a\x1amaas/common/v1/usage.proto\"\xb3\x01\n\x13\x41\x63quireSliceRequest\x12\x1a\n\x08slice_id\x18\x01 \x01(\tB\x08\x92\xe7\x18\x04\x08\x01 @\x12\x1a\n\x07\x61\x63\x63ount\x18\x02 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x18\n\x06holder\x18\x03 \x01(\tB\x08\x92\xe7\x18\x04\x08\x01 @\x12%\n\x0erequired_nanos\x18\x04 \x01(\x03\x42\r\x92\xe7\x18\t\x11\x00\x00\x00\x00\x00\x00\x00\x00\x12#\n\x0cwanted_nanos\x18\x05 \x01(\x03\x42\r\x92\xe7\x18\t\x11\x00\x00\x00\x00\x00\x00\x00\x00\"`\n\x14\x41\x63quireSliceResponse\x12\x15\n\rgranted_nanos\x18\x01 \x01(\x03\x12\x31\n\x0elease_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"l\n\rSettleRequest\x12\x39\n\x0bsettlements\x18\x01 \x03(\x0b\x32\x1b.maas.billing.v1.SettlementB\x07\x92\xe7\x18\x03(\xe8\x07\x12 \n\x0frenew_slice_ids\x18\x02 \x03(\tB\x07\x92\xe7\x18\x03(\xe8\x07\"\x99\x05\n\nSettlement\x12\x1f\n\rgeneration_id\x18\x01 \x01(\tB\x08\x92\xe7\x18\x04\x08\x01 `\x12\x1a\n\x08slice_id\x18\x02 \x01(\tB\x08\x92\xe7\x18\x04\x08\x01 @\x12\x1a\n\x07\x61\x63\x63ount\x18\x03 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x1a\n\x07project\x18\x04 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x1a\n\x07\x61pi_key\x18\x05 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x1b\n\x08offering\x18\x06 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12 \n\rmodel_version\x18\x07 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x18\n\x05price\x18\x08 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x31\n\x05usage\x18\t \x01(\x0b\x32\x1a.maas.common.v1.TokenUsageB\x06\x92\xe7\x18\x02\x08\x01\x12\x36\n\tend_cause\x18\n \x01(\x0e\x32\x19.maas.billing.v1.EndCauseB\x08\x92\xe7\x18\x04\x08\x01\x38\x01\x12\x36\n\nstart_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x06\x92\xe7\x18\x02\x08\x01\x12\x34\n\x08\x65nd_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x06\x92\xe7\x18\x02\x08\x01\x12\x1a\n\nrequest_id\x18\r \x01(\tB\x06\x92\xe7\x18\x02 @\x12\x1e\n\x0erequest_sha256\x18\x0e \x01(\x0c\x42\x06\x92\xe7\x18\x02  \x12\x42\n\x06labels\x18\x0f \x03(\x0b\x32\'.maas.billing.v1.Settlement.LabelsEntryB\t\x92\xe7\x18\x05 \x80\x02(\x10\x12\x19\n\x08\x65nd_user\x18\x10 \x01(\tB\x07\x92\xe7\x18\x03 \x80\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"r\n\x0eSettleResponse\x12\x15\n\rsettled_count\x18\x01 \x01(\r\x12\x16\n\x0elost_slice_ids\x18\x02 \x03(\t\x12\x31\n\x0elease_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"Q\n\x15\x46indSettlementRequest\x12\x1a\n\x07project\x18\x01 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x1c\n\nrequest_id\x18\x02 \x01(\tB\x08\x92\xe7\x18\x04\x08\x01 @\"d\n\x16\x46indSettlementResponse\x12\x32\n\x0cusage_record\x18\x01 \x01(\x0b\x32\x1c.maas.billing.v1.UsageRecord\x12\x16\n\x0erequest_sha256\x18\x02 \x01(\x0c\"L\n\x12\x43loseSlicesRequest\x12\x1c\n\tslice_ids\x18\x01 \x03(\tB\t\x92\xe7\x18\x05\x08\x01(\xe8\x07\x12\x18\n\x06holder\x18\x02 \x01(\tB\x08\x92\xe7\x18\x04\x08\x01 @\"\x15\n\x13\x43loseSlicesResponse2\xbd\x03\n\x12\x43reditSliceService\x12l\n\x0c\x41\x63quireSlice\x12$.maas.billing.v1.AcquireSliceRequest\x1a%.maas.billing.v1.AcquireSliceResponse\"\x0f\x90\x02\x02\x8a\xe7\x18\x08\x08\x03\x18\x02\"\x02\x08\x05\x12Z\n\x06Settle\x12\x1e.maas.billing.v1.SettleRequest\x1a\x1f.maas.billing.v1.SettleResponse\"\x0f\x90\x02\x02\x8a\xe7\x18\x08\x08\x03\x18\x02\"\x02\x08\n\x12r\n\x0e\x46indSettlement\x12&.maas.billing.v1.FindSettlementRequest\x1a\'.maas.billing.v1.FindSettlementResponse\"\x0f\x90\x02\x01\x8a\xe7\x18\x08\x08\x03\x18\x02\"\x02\x08\x05\x12i\n\x0b\x43loseSlices\x12#.maas.billing.v1.CloseSlicesRequest\x1a$.maas.billing.v1.CloseSlicesResponse\"\x0f\x90\x02\x02\x8a\xe7\x18\x08\x08\x03\x18\x02\"\x02\x08\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*maas/billing/v1/credit_slice_service.proto\x12\x0fmaas.billing.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1cmaas/billing/v1/ledger.proto\x1a\x1cmaas/common/v1/options.proto\x1a\x1cmaas/common/v1/receipt.proto\x1a\x1amaas/common/v1/usage.proto\"\xe7\x01\n\x13\x41\x63quireSliceRequest\x12\x1a\n\x08slice_id\x18\x01 \x01(\tB\x08\x92\xe7\x18\x04\x08\x01 @\x12\x1a\n\x07\x61\x63\x63ount\x18\x02 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x18\n\x06holder\x18\x03 \x01(\tB\x08\x92\xe7\x18\x04\x08\x01 @\x12%\n\x0erequired_nanos\x18\x04 \x01(\x03\x42\r\x92\xe7\x18\t\x11\x00\x00\x00\x00\x00\x00\x00\x00\x12#\n\x0cwanted_nanos\x18\x05 \x01(\x03\x42\r\x92\xe7\x18\t\x11\x00\x00\x00\x00\x00\x00\x00\x00\x12\x18\n\x07project\x18\x06 \x01(\tB\x07\x92\xe7\x18\x03 \xa0\x01\x12\x18\n\x07\x61pi_key\x18\x07 \x01(\tB\x07\x92\xe7\x18\x03 \xa0\x01\"`\n\x14\x41\x63quireSliceResponse\x12\x15\n\rgranted_nanos\x18\x01 \x01(\x03\x12\x31\n\x0elease_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"l\n\rSettleRequest\x12\x39\n\x0bsettlements\x18\x01 \x03(\x0b\x32\x1b.maas.billing.v1.SettlementB\x07\x92\xe7\x18\x03(\xe8\x07\x12 \n\x0frenew_slice_ids\x18\x02 \x03(\tB\x07\x92\xe7\x18\x03(\xe8\x07\"\x8d\x06\n\nSettlement\x12\x1f\n\rgeneration_id\x18\x01 \x01(\tB\x08\x92\xe7\x18\x04\x08\x01 `\x12\x1a\n\x08slice_id\x18\x02 \x01(\tB\x08\x92\xe7\x18\x04\x08\x01 @\x12\x1a\n\x07\x61\x63\x63ount\x18\x03 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x1a\n\x07project\x18\x04 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x1a\n\x07\x61pi_key\x18\x05 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x1b\n\x08offering\x18\x06 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12 \n\rmodel_version\x18\x07 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x18\n\x05price\x18\x08 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x31\n\x05usage\x18\t \x01(\x0b\x32\x1a.maas.common.v1.TokenUsageB\x06\x92\xe7\x18\x02\x08\x01\x12\x36\n\tend_cause\x18\n \x01(\x0e\x32\x19.maas.billing.v1.EndCauseB\x08\x92\xe7\x18\x04\x08\x01\x38\x01\x12\x36\n\nstart_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x06\x92\xe7\x18\x02\x08\x01\x12\x34\n\x08\x65nd_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x06\x92\xe7\x18\x02\x08\x01\x12\x1a\n\nrequest_id\x18\r \x01(\tB\x06\x92\xe7\x18\x02 @\x12\x1e\n\x0erequest_sha256\x18\x0e \x01(\x0c\x42\x06\x92\xe7\x18\x02  \x12\x42\n\x06labels\x18\x0f \x03(\x0b\x32\'.maas.billing.v1.Settlement.LabelsEntryB\t\x92\xe7\x18\x05 \x80\x02(\x10\x12\x19\n\x08\x65nd_user\x18\x10 \x01(\tB\x07\x92\xe7\x18\x03 \x80\x01\x12.\n\x0b\x65ngine_time\x18\x11 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nbackground\x18\x12 \x01(\x08\x12.\n\x07receipt\x18\x13 \x01(\x0b\x32\x1d.maas.common.v1.SignedReceipt\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"r\n\x0eSettleResponse\x12\x15\n\rsettled_count\x18\x01 \x01(\r\x12\x16\n\x0elost_slice_ids\x18\x02 \x03(\t\x12\x31\n\x0elease_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"Q\n\x15\x46indSettlementRequest\x12\x1a\n\x07project\x18\x01 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x1c\n\nrequest_id\x18\x02 \x01(\tB\x08\x92\xe7\x18\x04\x08\x01 @\"d\n\x16\x46indSettlementResponse\x12\x32\n\x0cusage_record\x18\x01 \x01(\x0b\x32\x1c.maas.billing.v1.UsageRecord\x12\x16\n\x0erequest_sha256\x18\x02 \x01(\x0c\"L\n\x12\x43loseSlicesRequest\x12\x1c\n\tslice_ids\x18\x01 \x03(\tB\t\x92\xe7\x18\x05\x08\x01(\xe8\x07\x12\x18\n\x06holder\x18\x02 \x01(\tB\x08\x92\xe7\x18\x04\x08\x01 @\"\x15\n\x13\x43loseSlicesResponse2\xbd\x03\n\x12\x43reditSliceService\x12l\n\x0c\x41\x63quireSlice\x12$.maas.billing.v1.AcquireSliceRequest\x1a%.maas.billing.v1.AcquireSliceResponse\"\x0f\x90\x02\x02\x8a\xe7\x18\x08\x08\x03\x18\x02\"\x02\x08\x05\x12Z\n\x06Settle\x12\x1e.maas.billing.v1.SettleRequest\x1a\x1f.maas.billing.v1.SettleResponse\"\x0f\x90\x02\x02\x8a\xe7\x18\x08\x08\x03\x18\x02\"\x02\x08\n\x12r\n\x0e\x46indSettlement\x12&.maas.billing.v1.FindSettlementRequest\x1a\'.maas.billing.v1.FindSettlementResponse\"\x0f\x90\x02\x01\x8a\xe7\x18\x08\x08\x03\x18\x02\"\x02\x08\x05\x12i\n\x0b\x43loseSlices\x12#.maas.billing.v1.CloseSlicesRequest\x1a$.maas.billing.v1.CloseSlicesResponse\"\x0f\x90\x02\x02\x8a\xe7\x18\x08\x08\x03\x18\x02\"\x02\x08\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,6 +47,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ACQUIRESLICEREQUEST'].fields_by_name['required_nanos']._serialized_options = b'\222\347\030\t\021\000\000\000\000\000\000\000\000'
   _globals['_ACQUIRESLICEREQUEST'].fields_by_name['wanted_nanos']._loaded_options = None
   _globals['_ACQUIRESLICEREQUEST'].fields_by_name['wanted_nanos']._serialized_options = b'\222\347\030\t\021\000\000\000\000\000\000\000\000'
+  _globals['_ACQUIRESLICEREQUEST'].fields_by_name['project']._loaded_options = None
+  _globals['_ACQUIRESLICEREQUEST'].fields_by_name['project']._serialized_options = b'\222\347\030\003 \240\001'
+  _globals['_ACQUIRESLICEREQUEST'].fields_by_name['api_key']._loaded_options = None
+  _globals['_ACQUIRESLICEREQUEST'].fields_by_name['api_key']._serialized_options = b'\222\347\030\003 \240\001'
   _globals['_SETTLEREQUEST'].fields_by_name['settlements']._loaded_options = None
   _globals['_SETTLEREQUEST'].fields_by_name['settlements']._serialized_options = b'\222\347\030\003(\350\007'
   _globals['_SETTLEREQUEST'].fields_by_name['renew_slice_ids']._loaded_options = None
@@ -100,26 +105,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREDITSLICESERVICE'].methods_by_name['FindSettlement']._serialized_options = b'\220\002\001\212\347\030\010\010\003\030\002\"\002\010\005'
   _globals['_CREDITSLICESERVICE'].methods_by_name['CloseSlices']._loaded_options = None
   _globals['_CREDITSLICESERVICE'].methods_by_name['CloseSlices']._serialized_options = b'\220\002\002\212\347\030\010\010\003\030\002\"\002\010\005'
-  _globals['_ACQUIRESLICEREQUEST']._serialized_start=217
-  _globals['_ACQUIRESLICEREQUEST']._serialized_end=396
-  _globals['_ACQUIRESLICERESPONSE']._serialized_start=398
-  _globals['_ACQUIRESLICERESPONSE']._serialized_end=494
-  _globals['_SETTLEREQUEST']._serialized_start=496
-  _globals['_SETTLEREQUEST']._serialized_end=604
-  _globals['_SETTLEMENT']._serialized_start=607
-  _globals['_SETTLEMENT']._serialized_end=1272
-  _globals['_SETTLEMENT_LABELSENTRY']._serialized_start=1227
-  _globals['_SETTLEMENT_LABELSENTRY']._serialized_end=1272
-  _globals['_SETTLERESPONSE']._serialized_start=1274
-  _globals['_SETTLERESPONSE']._serialized_end=1388
-  _globals['_FINDSETTLEMENTREQUEST']._serialized_start=1390
-  _globals['_FINDSETTLEMENTREQUEST']._serialized_end=1471
-  _globals['_FINDSETTLEMENTRESPONSE']._serialized_start=1473
-  _globals['_FINDSETTLEMENTRESPONSE']._serialized_end=1573
-  _globals['_CLOSESLICESREQUEST']._serialized_start=1575
-  _globals['_CLOSESLICESREQUEST']._serialized_end=1651
-  _globals['_CLOSESLICESRESPONSE']._serialized_start=1653
-  _globals['_CLOSESLICESRESPONSE']._serialized_end=1674
-  _globals['_CREDITSLICESERVICE']._serialized_start=1677
-  _globals['_CREDITSLICESERVICE']._serialized_end=2122
+  _globals['_ACQUIRESLICEREQUEST']._serialized_start=247
+  _globals['_ACQUIRESLICEREQUEST']._serialized_end=478
+  _globals['_ACQUIRESLICERESPONSE']._serialized_start=480
+  _globals['_ACQUIRESLICERESPONSE']._serialized_end=576
+  _globals['_SETTLEREQUEST']._serialized_start=578
+  _globals['_SETTLEREQUEST']._serialized_end=686
+  _globals['_SETTLEMENT']._serialized_start=689
+  _globals['_SETTLEMENT']._serialized_end=1470
+  _globals['_SETTLEMENT_LABELSENTRY']._serialized_start=1425
+  _globals['_SETTLEMENT_LABELSENTRY']._serialized_end=1470
+  _globals['_SETTLERESPONSE']._serialized_start=1472
+  _globals['_SETTLERESPONSE']._serialized_end=1586
+  _globals['_FINDSETTLEMENTREQUEST']._serialized_start=1588
+  _globals['_FINDSETTLEMENTREQUEST']._serialized_end=1669
+  _globals['_FINDSETTLEMENTRESPONSE']._serialized_start=1671
+  _globals['_FINDSETTLEMENTRESPONSE']._serialized_end=1771
+  _globals['_CLOSESLICESREQUEST']._serialized_start=1773
+  _globals['_CLOSESLICESREQUEST']._serialized_end=1849
+  _globals['_CLOSESLICESRESPONSE']._serialized_start=1851
+  _globals['_CLOSESLICESRESPONSE']._serialized_end=1872
+  _globals['_CREDITSLICESERVICE']._serialized_start=1875
+  _globals['_CREDITSLICESERVICE']._serialized_end=2320
 # @@protoc_insertion_point(module_scope)

@@ -10,6 +10,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from maas.billing.v1 import ledger_pb2 as _ledger_pb2
+from maas.common.v1 import receipt_pb2 as _receipt_pb2
 from maas.common.v1 import usage_pb2 as _usage_pb2
 import builtins as _builtins
 import sys
@@ -33,6 +34,8 @@ class AcquireSliceRequest(_message.Message):
     HOLDER_FIELD_NUMBER: _builtins.int
     REQUIRED_NANOS_FIELD_NUMBER: _builtins.int
     WANTED_NANOS_FIELD_NUMBER: _builtins.int
+    PROJECT_FIELD_NUMBER: _builtins.int
+    API_KEY_FIELD_NUMBER: _builtins.int
     slice_id: _builtins.str
     """Made by the caller, unique for ever."""
     account: _builtins.str
@@ -43,6 +46,12 @@ class AcquireSliceRequest(_message.Message):
     """Least nanos that are of use."""
     wanted_nanos: _builtins.int
     """Nanos wanted: as many as are available up to this are set aside."""
+    project: _builtins.str
+    """"projects/{project}" that may spend it, where a spend limit names the project
+    or one of its keys; else empty, for the whole account.
+    """
+    api_key: _builtins.str
+    """"apiKeys/{key}" that may spend it, where a spend limit names the key."""
     def __init__(
         self,
         *,
@@ -51,10 +60,12 @@ class AcquireSliceRequest(_message.Message):
         holder: _builtins.str = ...,
         required_nanos: _builtins.int = ...,
         wanted_nanos: _builtins.int = ...,
+        project: _builtins.str = ...,
+        api_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "holder", b"holder", "required_nanos", b"required_nanos", "slice_id", b"slice_id", "wanted_nanos", b"wanted_nanos"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "api_key", b"api_key", "holder", b"holder", "project", b"project", "required_nanos", b"required_nanos", "slice_id", b"slice_id", "wanted_nanos", b"wanted_nanos"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -162,6 +173,9 @@ class Settlement(_message.Message):
     REQUEST_SHA256_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     END_USER_FIELD_NUMBER: _builtins.int
+    ENGINE_TIME_FIELD_NUMBER: _builtins.int
+    BACKGROUND_FIELD_NUMBER: _builtins.int
+    RECEIPT_FIELD_NUMBER: _builtins.int
     generation_id: _builtins.str
     """Key of the settlement."""
     slice_id: _builtins.str
@@ -188,6 +202,8 @@ class Settlement(_message.Message):
     """
     end_user: _builtins.str
     """The caller's own id of whom the request was for."""
+    background: _builtins.bool
+    """It ran in PRIORITY_CLASS_BACKGROUND."""
     @_builtins.property
     def usage(self) -> _usage_pb2.TokenUsage:
         """Counts released to the client."""
@@ -203,6 +219,16 @@ class Settlement(_message.Message):
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Labels of the request."""
+
+    @_builtins.property
+    def engine_time(self) -> _duration_pb2.Duration:
+        """Share of an engine's time that it took."""
+
+    @_builtins.property
+    def receipt(self) -> _receipt_pb2.SignedReceipt:
+        """What the client got with its last frame; empty when there was none. It has to
+        agree with the rest.
+        """
 
     def __init__(
         self,
@@ -223,10 +249,13 @@ class Settlement(_message.Message):
         request_sha256: _builtins.bytes = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         end_user: _builtins.str = ...,
+        engine_time: _duration_pb2.Duration | None = ...,
+        background: _builtins.bool = ...,
+        receipt: _receipt_pb2.SignedReceipt | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "engine_time", b"engine_time", "receipt", b"receipt", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "api_key", b"api_key", "end_cause", b"end_cause", "end_time", b"end_time", "end_user", b"end_user", "generation_id", b"generation_id", "labels", b"labels", "model_version", b"model_version", "offering", b"offering", "price", b"price", "project", b"project", "request_id", b"request_id", "request_sha256", b"request_sha256", "slice_id", b"slice_id", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "api_key", b"api_key", "background", b"background", "end_cause", b"end_cause", "end_time", b"end_time", "end_user", b"end_user", "engine_time", b"engine_time", "generation_id", b"generation_id", "labels", b"labels", "model_version", b"model_version", "offering", b"offering", "price", b"price", "project", b"project", "receipt", b"receipt", "request_id", b"request_id", "request_sha256", b"request_sha256", "slice_id", b"slice_id", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -251,7 +280,10 @@ class SettleResponse(_message.Message):
 
     @_builtins.property
     def lease_duration(self) -> _duration_pb2.Duration:
-        """Length of the renewed leases, counted from when the request was sent."""
+        """Length of the renewed leases, counted from when the request was sent. Where
+        AcquireSlice gave a shorter lease, the window of a spend limit ends with it:
+        renewals keep what running generations hold, and nothing new is admitted.
+        """
 
     def __init__(
         self,

@@ -22,34 +22,48 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from maas.common.v1 import money_pb2 as maas_dot_common_dot_v1_dot_money__pb2
+from maas.common.v1 import options_pb2 as maas_dot_common_dot_v1_dot_options__pb2
 from maas.common.v1 import usage_pb2 as maas_dot_common_dot_v1_dot_usage__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmaas/billing/v1/ledger.proto\x12\x0fmaas.billing.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1amaas/common/v1/money.proto\x1a\x1amaas/common/v1/usage.proto\"u\n\x07\x41\x63\x63ount\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x15\n\rcurrency_code\x18\x03 \x01(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x7f\n\x07\x42\x61lance\x12%\n\x06posted\x18\x01 \x01(\x0b\x32\x15.maas.common.v1.Money\x12#\n\x04held\x18\x02 \x01(\x0b\x32\x15.maas.common.v1.Money\x12(\n\tavailable\x18\x03 \x01(\x0b\x32\x15.maas.common.v1.Money\"\xeb\x01\n\x0bLedgerEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x63\x63ount\x18\x02 \x01(\t\x12\x16\n\x0etransaction_id\x18\x03 \x01(\t\x12%\n\x06\x61mount\x18\x04 \x01(\x0b\x32\x15.maas.common.v1.Money\x12(\n\x04kind\x18\x05 \x01(\x0e\x32\x1a.maas.billing.v1.EntryKind\x12\x0e\n\x06source\x18\x06 \x01(\t\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0b\x64\x65scription\x18\x08 \x01(\t\"\xbc\x02\n\x05Price\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08offering\x18\x02 \x01(\t\x12\x36\n\x17input_price_per_million\x18\x03 \x01(\x0b\x32\x15.maas.common.v1.Money\x12\x37\n\x18output_price_per_million\x18\x04 \x01(\x0b\x32\x15.maas.common.v1.Money\x12\x32\n\x0e\x65\x66\x66\x65\x63tive_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12=\n\x1e\x63\x61\x63hed_input_price_per_million\x18\x07 \x01(\x0b\x32\x15.maas.common.v1.Money\"\xaa\x04\n\x0bUsageRecord\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rgeneration_id\x18\x02 \x01(\t\x12\x0f\n\x07project\x18\x03 \x01(\t\x12\x0f\n\x07\x61pi_key\x18\x04 \x01(\t\x12\x10\n\x08offering\x18\x05 \x01(\t\x12\x15\n\rmodel_version\x18\x06 \x01(\t\x12\r\n\x05price\x18\x07 \x01(\t\x12)\n\x05usage\x18\x08 \x01(\x0b\x32\x1a.maas.common.v1.TokenUsage\x12%\n\x06\x63harge\x18\t \x01(\x0b\x32\x15.maas.common.v1.Money\x12,\n\tend_cause\x18\n \x01(\x0e\x32\x19.maas.billing.v1.EndCause\x12.\n\nstart_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bsettle_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nrequest_id\x18\x0e \x01(\t\x12\x38\n\x06labels\x18\x0f \x03(\x0b\x32(.maas.billing.v1.UsageRecord.LabelsEntry\x12\x10\n\x08\x65nd_user\x18\x10 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*n\n\tEntryKind\x12\x1a\n\x16\x45NTRY_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10\x45NTRY_KIND_GRANT\x10\x01\x12\x19\n\x15\x45NTRY_KIND_ADJUSTMENT\x10\x02\x12\x14\n\x10\x45NTRY_KIND_USAGE\x10\x03*\xf9\x01\n\x08\x45ndCause\x12\x19\n\x15\x45ND_CAUSE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45ND_CAUSE_COMPLETED\x10\x01\x12\x1e\n\x1a\x45ND_CAUSE_CLIENT_CANCELLED\x10\x02\x12\x16\n\x12\x45ND_CAUSE_DEADLINE\x10\x03\x12\x15\n\x11\x45ND_CAUSE_STALLED\x10\x04\x12\x15\n\x11\x45ND_CAUSE_REVOKED\x10\x05\x12\x19\n\x15\x45ND_CAUSE_WORKER_LOST\x10\x0b\x12\x1c\n\x18\x45ND_CAUSE_ENGINE_FAILURE\x10\x0c\x12\x1a\n\x16\x45ND_CAUSE_GATEWAY_LOST\x10\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmaas/billing/v1/ledger.proto\x12\x0fmaas.billing.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1amaas/common/v1/money.proto\x1a\x1cmaas/common/v1/options.proto\x1a\x1amaas/common/v1/usage.proto\"\xa2\x01\n\x07\x41\x63\x63ount\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x15\n\rcurrency_code\x18\x03 \x01(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x0c\x63redit_limit\x18\x05 \x01(\x0b\x32\x15.maas.common.v1.Money\"\xac\x01\n\x07\x42\x61lance\x12%\n\x06posted\x18\x01 \x01(\x0b\x32\x15.maas.common.v1.Money\x12#\n\x04held\x18\x02 \x01(\x0b\x32\x15.maas.common.v1.Money\x12(\n\tavailable\x18\x03 \x01(\x0b\x32\x15.maas.common.v1.Money\x12+\n\x0c\x63redit_limit\x18\x04 \x01(\x0b\x32\x15.maas.common.v1.Money\"\xcb\x02\n\x05Grant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x06\x61mount\x18\x02 \x01(\x0b\x32\x15.maas.common.v1.Money\x12(\n\tremaining\x18\x03 \x01(\x0b\x32\x15.maas.common.v1.Money\x12$\n\x08priority\x18\x04 \x01(\rB\r\x92\xe7\x18\t\x19\x00\x00\x00\x00\x00\x00Y@H\x00\x88\x01\x01\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1c\n\x0b\x64\x65scription\x18\x07 \x01(\tB\x07\x92\xe7\x18\x03 \x80\x02\x12\x30\n\x04kind\x18\x08 \x01(\x0e\x32\x1a.maas.billing.v1.GrantKindB\x06\x92\xe7\x18\x02\x38\x01\x42\x0b\n\t_priority\"\xfa\x01\n\x0bLedgerEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x63\x63ount\x18\x02 \x01(\t\x12\x16\n\x0etransaction_id\x18\x03 \x01(\t\x12%\n\x06\x61mount\x18\x04 \x01(\x0b\x32\x15.maas.common.v1.Money\x12(\n\x04kind\x18\x05 \x01(\x0e\x32\x1a.maas.billing.v1.EntryKind\x12\x0e\n\x06source\x18\x06 \x01(\t\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0b\x64\x65scription\x18\x08 \x01(\t\x12\r\n\x05grant\x18\t \x01(\t\"\x8d\x04\n\x05Price\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08offering\x18\x02 \x01(\t\x12\x36\n\x17input_price_per_million\x18\x03 \x01(\x0b\x32\x15.maas.common.v1.Money\x12\x37\n\x18output_price_per_million\x18\x04 \x01(\x0b\x32\x15.maas.common.v1.Money\x12\x32\n\x0e\x65\x66\x66\x65\x63tive_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12=\n\x1e\x63\x61\x63hed_input_price_per_million\x18\x07 \x01(\x0b\x32\x15.maas.common.v1.Money\x12:\n\x1breasoning_price_per_million\x18\x08 \x01(\x0b\x32\x15.maas.common.v1.Money\x12,\n\rrequest_price\x18\t \x01(\x0b\x32\x15.maas.common.v1.Money\x12\x32\n\x1b\x62\x61\x63kground_discount_percent\x18\n \x01(\rB\r\x92\xe7\x18\t\x19\x00\x00\x00\x00\x00\x00Y@\x12\x31\n\x12\x65ngine_second_cost\x18\x0b \x01(\x0b\x32\x15.maas.common.v1.Money\"\x97\x05\n\x0bUsageRecord\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rgeneration_id\x18\x02 \x01(\t\x12\x0f\n\x07project\x18\x03 \x01(\t\x12\x0f\n\x07\x61pi_key\x18\x04 \x01(\t\x12\x10\n\x08offering\x18\x05 \x01(\t\x12\x15\n\rmodel_version\x18\x06 \x01(\t\x12\r\n\x05price\x18\x07 \x01(\t\x12)\n\x05usage\x18\x08 \x01(\x0b\x32\x1a.maas.common.v1.TokenUsage\x12%\n\x06\x63harge\x18\t \x01(\x0b\x32\x15.maas.common.v1.Money\x12,\n\tend_cause\x18\n \x01(\x0e\x32\x19.maas.billing.v1.EndCause\x12.\n\nstart_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bsettle_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nrequest_id\x18\x0e \x01(\t\x12\x38\n\x06labels\x18\x0f \x03(\x0b\x32(.maas.billing.v1.UsageRecord.LabelsEntry\x12\x10\n\x08\x65nd_user\x18\x10 \x01(\t\x12.\n\x0b\x65ngine_time\x18\x11 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nbackground\x18\x12 \x01(\x08\x12\'\n\x08refunded\x18\x13 \x01(\x0b\x32\x15.maas.common.v1.Money\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*S\n\tGrantKind\x12\x1a\n\x16GRANT_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0fGRANT_KIND_GIFT\x10\x01\x12\x15\n\x11GRANT_KIND_TOP_UP\x10\x02*\xb3\x01\n\tEntryKind\x12\x1a\n\x16\x45NTRY_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10\x45NTRY_KIND_GRANT\x10\x01\x12\x19\n\x15\x45NTRY_KIND_ADJUSTMENT\x10\x02\x12\x14\n\x10\x45NTRY_KIND_USAGE\x10\x03\x12\x15\n\x11\x45NTRY_KIND_TOP_UP\x10\x04\x12\x15\n\x11\x45NTRY_KIND_REFUND\x10\x05\x12\x15\n\x11\x45NTRY_KIND_EXPIRY\x10\x06*\xf9\x01\n\x08\x45ndCause\x12\x19\n\x15\x45ND_CAUSE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45ND_CAUSE_COMPLETED\x10\x01\x12\x1e\n\x1a\x45ND_CAUSE_CLIENT_CANCELLED\x10\x02\x12\x16\n\x12\x45ND_CAUSE_DEADLINE\x10\x03\x12\x15\n\x11\x45ND_CAUSE_STALLED\x10\x04\x12\x15\n\x11\x45ND_CAUSE_REVOKED\x10\x05\x12\x19\n\x15\x45ND_CAUSE_WORKER_LOST\x10\x0b\x12\x1c\n\x18\x45ND_CAUSE_ENGINE_FAILURE\x10\x0c\x12\x1a\n\x16\x45ND_CAUSE_GATEWAY_LOST\x10\rb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'maas.billing.v1.ledger_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_GRANT'].fields_by_name['priority']._loaded_options = None
+  _globals['_GRANT'].fields_by_name['priority']._serialized_options = b'\222\347\030\t\031\000\000\000\000\000\000Y@'
+  _globals['_GRANT'].fields_by_name['description']._loaded_options = None
+  _globals['_GRANT'].fields_by_name['description']._serialized_options = b'\222\347\030\003 \200\002'
+  _globals['_GRANT'].fields_by_name['kind']._loaded_options = None
+  _globals['_GRANT'].fields_by_name['kind']._serialized_options = b'\222\347\030\0028\001'
+  _globals['_PRICE'].fields_by_name['background_discount_percent']._loaded_options = None
+  _globals['_PRICE'].fields_by_name['background_discount_percent']._serialized_options = b'\222\347\030\t\031\000\000\000\000\000\000Y@'
   _globals['_USAGERECORD_LABELSENTRY']._loaded_options = None
   _globals['_USAGERECORD_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_ENTRYKIND']._serialized_start=1500
-  _globals['_ENTRYKIND']._serialized_end=1610
-  _globals['_ENDCAUSE']._serialized_start=1613
-  _globals['_ENDCAUSE']._serialized_end=1862
-  _globals['_ACCOUNT']._serialized_start=138
-  _globals['_ACCOUNT']._serialized_end=255
-  _globals['_BALANCE']._serialized_start=257
-  _globals['_BALANCE']._serialized_end=384
-  _globals['_LEDGERENTRY']._serialized_start=387
-  _globals['_LEDGERENTRY']._serialized_end=622
-  _globals['_PRICE']._serialized_start=625
-  _globals['_PRICE']._serialized_end=941
-  _globals['_USAGERECORD']._serialized_start=944
-  _globals['_USAGERECORD']._serialized_end=1498
-  _globals['_USAGERECORD_LABELSENTRY']._serialized_start=1453
-  _globals['_USAGERECORD_LABELSENTRY']._serialized_end=1498
+  _globals['_GRANTKIND']._serialized_start=2321
+  _globals['_GRANTKIND']._serialized_end=2404
+  _globals['_ENTRYKIND']._serialized_start=2407
+  _globals['_ENTRYKIND']._serialized_end=2586
+  _globals['_ENDCAUSE']._serialized_start=2589
+  _globals['_ENDCAUSE']._serialized_end=2838
+  _globals['_ACCOUNT']._serialized_start=201
+  _globals['_ACCOUNT']._serialized_end=363
+  _globals['_BALANCE']._serialized_start=366
+  _globals['_BALANCE']._serialized_end=538
+  _globals['_GRANT']._serialized_start=541
+  _globals['_GRANT']._serialized_end=872
+  _globals['_LEDGERENTRY']._serialized_start=875
+  _globals['_LEDGERENTRY']._serialized_end=1125
+  _globals['_PRICE']._serialized_start=1128
+  _globals['_PRICE']._serialized_end=1653
+  _globals['_USAGERECORD']._serialized_start=1656
+  _globals['_USAGERECORD']._serialized_end=2319
+  _globals['_USAGERECORD_LABELSENTRY']._serialized_start=2274
+  _globals['_USAGERECORD_LABELSENTRY']._serialized_end=2319
 # @@protoc_insertion_point(module_scope)

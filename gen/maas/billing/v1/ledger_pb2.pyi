@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -22,6 +23,30 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _GrantKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GrantKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GrantKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GRANT_KIND_UNSPECIFIED: _GrantKind.ValueType  # 0
+    """As GRANT_KIND_GIFT."""
+    GRANT_KIND_GIFT: _GrantKind.ValueType  # 1
+    """Given by the operator: EntryKind GRANT."""
+    GRANT_KIND_TOP_UP: _GrantKind.ValueType  # 2
+    """Paid for by the customer: EntryKind TOP_UP."""
+
+class GrantKind(_GrantKind, metaclass=_GrantKindEnumTypeWrapper):
+    """What a grant is."""
+
+GRANT_KIND_UNSPECIFIED: GrantKind.ValueType  # 0
+"""As GRANT_KIND_GIFT."""
+GRANT_KIND_GIFT: GrantKind.ValueType  # 1
+"""Given by the operator: EntryKind GRANT."""
+GRANT_KIND_TOP_UP: GrantKind.ValueType  # 2
+"""Paid for by the customer: EntryKind TOP_UP."""
+Global___GrantKind: _TypeAlias = GrantKind  # noqa: Y015
+
 class _EntryKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -36,6 +61,12 @@ class _EntryKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EntryKind.V
     """A correction by an operator, in either direction."""
     ENTRY_KIND_USAGE: _EntryKind.ValueType  # 3
     """The charge of one generation."""
+    ENTRY_KIND_TOP_UP: _EntryKind.ValueType  # 4
+    """Credit that the customer paid for."""
+    ENTRY_KIND_REFUND: _EntryKind.ValueType  # 5
+    """A charge that is given back, whole or in part; the charge's own entries stay."""
+    ENTRY_KIND_EXPIRY: _EntryKind.ValueType  # 6
+    """What was left of a grant when it expired."""
 
 class EntryKind(_EntryKind, metaclass=_EntryKindEnumTypeWrapper):
     """Why money moved."""
@@ -48,6 +79,12 @@ ENTRY_KIND_ADJUSTMENT: EntryKind.ValueType  # 2
 """A correction by an operator, in either direction."""
 ENTRY_KIND_USAGE: EntryKind.ValueType  # 3
 """The charge of one generation."""
+ENTRY_KIND_TOP_UP: EntryKind.ValueType  # 4
+"""Credit that the customer paid for."""
+ENTRY_KIND_REFUND: EntryKind.ValueType  # 5
+"""A charge that is given back, whole or in part; the charge's own entries stay."""
+ENTRY_KIND_EXPIRY: EntryKind.ValueType  # 6
+"""What was left of a grant when it expired."""
 Global___EntryKind: _TypeAlias = EntryKind  # noqa: Y015
 
 class _EndCause:
@@ -110,6 +147,7 @@ class Account(_message.Message):
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
     CURRENCY_CODE_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    CREDIT_LIMIT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"accounts/{account}". A customer's account is named like its organization;
     the ledger's own start with "system-". Output only.
@@ -122,6 +160,12 @@ class Account(_message.Message):
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was created. Output only."""
 
+    @_builtins.property
+    def credit_limit(self) -> _money_pb2.Money:
+        """How far the account may go below zero; nothing for an account that pays in
+        advance. Changed by SetCreditLimit. Output only.
+        """
+
     def __init__(
         self,
         *,
@@ -129,10 +173,11 @@ class Account(_message.Message):
         display_name: _builtins.str = ...,
         currency_code: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        credit_limit: _money_pb2.Money | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "credit_limit", b"credit_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "currency_code", b"currency_code", "display_name", b"display_name", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "credit_limit", b"credit_limit", "currency_code", b"currency_code", "display_name", b"display_name", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -147,6 +192,7 @@ class Balance(_message.Message):
     POSTED_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
     AVAILABLE_FIELD_NUMBER: _builtins.int
+    CREDIT_LIMIT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def posted(self) -> _money_pb2.Money:
         """Sum of the account's ledger entries."""
@@ -157,7 +203,13 @@ class Balance(_message.Message):
 
     @_builtins.property
     def available(self) -> _money_pb2.Money:
-        """What can still be set aside: posted - held, above the floor."""
+        """What can still be set aside: posted - held + credit_limit, without what has
+        expired.
+        """
+
+    @_builtins.property
+    def credit_limit(self) -> _money_pb2.Money:
+        """As of the account."""
 
     def __init__(
         self,
@@ -165,14 +217,80 @@ class Balance(_message.Message):
         posted: _money_pb2.Money | None = ...,
         held: _money_pb2.Money | None = ...,
         available: _money_pb2.Money | None = ...,
+        credit_limit: _money_pb2.Money | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["available", b"available", "held", b"held", "posted", b"posted"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["available", b"available", "credit_limit", b"credit_limit", "held", b"held", "posted", b"posted"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["available", b"available", "held", b"held", "posted", b"posted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available", b"available", "credit_limit", b"credit_limit", "held", b"held", "posted", b"posted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Balance: _TypeAlias = Balance  # noqa: Y015
+
+@_typing.final
+class Grant(_message.Message):
+    """Credit that is given once and used up: by priority, the lowest number first,
+    then what expires first, then the oldest. What charges have left of it when it
+    expires is taken back by an entry of its own.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    AMOUNT_FIELD_NUMBER: _builtins.int
+    REMAINING_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"accounts/{account}/grants/{grant}". Output only."""
+    priority: _builtins.int
+    """0 to 100. Absent in CreateGrant: 50, which is also that of grants made by
+    PostEntry.
+    """
+    description: _builtins.str
+    """Text of the operator, for people."""
+    kind: Global___GrantKind.ValueType
+    """Whether somebody paid for it."""
+    @_builtins.property
+    def amount(self) -> _money_pb2.Money:
+        """What was given; positive."""
+
+    @_builtins.property
+    def remaining(self) -> _money_pb2.Money:
+        """What charges have left of it. Output only."""
+
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """From then on nothing of it can be set aside. Absent: it does not expire."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was given. Output only."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        amount: _money_pb2.Money | None = ...,
+        remaining: _money_pb2.Money | None = ...,
+        priority: _builtins.int | None = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        description: _builtins.str = ...,
+        kind: Global___GrantKind.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "amount", b"amount", "create_time", b"create_time", "expire_time", b"expire_time", "priority", b"priority", "remaining", b"remaining"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "amount", b"amount", "create_time", b"create_time", "description", b"description", "expire_time", b"expire_time", "kind", b"kind", "name", b"name", "priority", b"priority", "remaining", b"remaining"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
+    _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
+
+Global___Grant: _TypeAlias = Grant  # noqa: Y015
 
 @_typing.final
 class LedgerEntry(_message.Message):
@@ -190,6 +308,7 @@ class LedgerEntry(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
+    GRANT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"accounts/{account}/ledgerEntries/{entry}"."""
     account: _builtins.str
@@ -202,6 +321,8 @@ class LedgerEntry(_message.Message):
     """What caused it: a generation id for usage, a request_id for the rest."""
     description: _builtins.str
     """Text of the operator, for people."""
+    grant: _builtins.str
+    """"accounts/{account}/grants/{grant}" that this entry gave or took back."""
     @_builtins.property
     def amount(self) -> _money_pb2.Money:
         """Positive in favour of the account."""
@@ -221,10 +342,11 @@ class LedgerEntry(_message.Message):
         source: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         description: _builtins.str = ...,
+        grant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "amount", b"amount", "create_time", b"create_time", "description", b"description", "kind", b"kind", "name", b"name", "source", b"source", "transaction_id", b"transaction_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "amount", b"amount", "create_time", b"create_time", "description", b"description", "grant", b"grant", "kind", b"kind", "name", b"name", "source", b"source", "transaction_id", b"transaction_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -245,10 +367,18 @@ class Price(_message.Message):
     EFFECTIVE_TIME_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     CACHED_INPUT_PRICE_PER_MILLION_FIELD_NUMBER: _builtins.int
+    REASONING_PRICE_PER_MILLION_FIELD_NUMBER: _builtins.int
+    REQUEST_PRICE_FIELD_NUMBER: _builtins.int
+    BACKGROUND_DISCOUNT_PERCENT_FIELD_NUMBER: _builtins.int
+    ENGINE_SECOND_COST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"prices/{price}". Output only."""
     offering: _builtins.str
     """"offerings/{offering}"."""
+    background_discount_percent: _builtins.int
+    """Percent that requests of PRIORITY_CLASS_BACKGROUND pay less, taken from each
+    line before it is rounded up.
+    """
     @_builtins.property
     def input_price_per_million(self) -> _money_pb2.Money:
         """Price of one million input tokens, zero or more."""
@@ -271,6 +401,22 @@ class Price(_message.Message):
         the others. Absent: that of the others.
         """
 
+    @_builtins.property
+    def reasoning_price_per_million(self) -> _money_pb2.Money:
+        """Price of one million output tokens that are reasoning, zero or more. Absent:
+        that of the others.
+        """
+
+    @_builtins.property
+    def request_price(self) -> _money_pb2.Money:
+        """Price of each request that is charged, zero or more. Absent: zero."""
+
+    @_builtins.property
+    def engine_second_cost(self) -> _money_pb2.Money:
+        """What one second of an engine costs the operator, 10^12 nanos at most: for the
+        cost beside the price, never for a charge. Shown to administrators only.
+        """
+
     def __init__(
         self,
         *,
@@ -281,10 +427,14 @@ class Price(_message.Message):
         effective_time: _timestamp_pb2.Timestamp | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         cached_input_price_per_million: _money_pb2.Money | None = ...,
+        reasoning_price_per_million: _money_pb2.Money | None = ...,
+        request_price: _money_pb2.Money | None = ...,
+        background_discount_percent: _builtins.int = ...,
+        engine_second_cost: _money_pb2.Money | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cached_input_price_per_million", b"cached_input_price_per_million", "create_time", b"create_time", "effective_time", b"effective_time", "input_price_per_million", b"input_price_per_million", "output_price_per_million", b"output_price_per_million"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cached_input_price_per_million", b"cached_input_price_per_million", "create_time", b"create_time", "effective_time", b"effective_time", "engine_second_cost", b"engine_second_cost", "input_price_per_million", b"input_price_per_million", "output_price_per_million", b"output_price_per_million", "reasoning_price_per_million", b"reasoning_price_per_million", "request_price", b"request_price"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_input_price_per_million", b"cached_input_price_per_million", "create_time", b"create_time", "effective_time", b"effective_time", "input_price_per_million", b"input_price_per_million", "name", b"name", "offering", b"offering", "output_price_per_million", b"output_price_per_million"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["background_discount_percent", b"background_discount_percent", "cached_input_price_per_million", b"cached_input_price_per_million", "create_time", b"create_time", "effective_time", b"effective_time", "engine_second_cost", b"engine_second_cost", "input_price_per_million", b"input_price_per_million", "name", b"name", "offering", b"offering", "output_price_per_million", b"output_price_per_million", "reasoning_price_per_million", b"reasoning_price_per_million", "request_price", b"request_price"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -332,6 +482,9 @@ class UsageRecord(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     END_USER_FIELD_NUMBER: _builtins.int
+    ENGINE_TIME_FIELD_NUMBER: _builtins.int
+    BACKGROUND_FIELD_NUMBER: _builtins.int
+    REFUNDED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"accounts/{account}/usageRecords/{generation_id}"."""
     generation_id: _builtins.str
@@ -352,6 +505,8 @@ class UsageRecord(_message.Message):
     """Idempotency key of the request; empty when it had none."""
     end_user: _builtins.str
     """The caller's own id of whom the request was for."""
+    background: _builtins.bool
+    """It ran in PRIORITY_CLASS_BACKGROUND."""
     @_builtins.property
     def usage(self) -> _usage_pb2.TokenUsage:
         """What was released to the client, whatever the cause of the end."""
@@ -376,6 +531,16 @@ class UsageRecord(_message.Message):
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Labels of the request."""
 
+    @_builtins.property
+    def engine_time(self) -> _duration_pb2.Duration:
+        """Share of an engine's time that it took; those of all executions of a worker
+        sum to the time that its engine worked.
+        """
+
+    @_builtins.property
+    def refunded(self) -> _money_pb2.Money:
+        """Sum of what was refunded of the charge since."""
+
     def __init__(
         self,
         *,
@@ -395,10 +560,13 @@ class UsageRecord(_message.Message):
         request_id: _builtins.str = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         end_user: _builtins.str = ...,
+        engine_time: _duration_pb2.Duration | None = ...,
+        background: _builtins.bool = ...,
+        refunded: _money_pb2.Money | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "end_time", b"end_time", "settle_time", b"settle_time", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "end_time", b"end_time", "engine_time", b"engine_time", "refunded", b"refunded", "settle_time", b"settle_time", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key", "charge", b"charge", "end_cause", b"end_cause", "end_time", b"end_time", "end_user", b"end_user", "generation_id", b"generation_id", "labels", b"labels", "model_version", b"model_version", "name", b"name", "offering", b"offering", "price", b"price", "project", b"project", "request_id", b"request_id", "settle_time", b"settle_time", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key", "background", b"background", "charge", b"charge", "end_cause", b"end_cause", "end_time", b"end_time", "end_user", b"end_user", "engine_time", b"engine_time", "generation_id", b"generation_id", "labels", b"labels", "model_version", b"model_version", "name", b"name", "offering", b"offering", "price", b"price", "project", b"project", "refunded", b"refunded", "request_id", b"request_id", "settle_time", b"settle_time", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -22,11 +22,16 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from maas.billing.v1 import ledger_pb2 as maas_dot_billing_dot_v1_dot_ledger__pb2
+from maas.common.v1 import money_pb2 as maas_dot_common_dot_v1_dot_money__pb2
 from maas.common.v1 import options_pb2 as maas_dot_common_dot_v1_dot_options__pb2
+from maas.common.v1 import receipt_pb2 as maas_dot_common_dot_v1_dot_receipt__pb2
+from maas.common.v1 import usage_pb2 as maas_dot_common_dot_v1_dot_usage__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#maas/billing/v1/usage_service.proto\x12\x0fmaas.billing.v1\x1a\x1cmaas/billing/v1/ledger.proto\x1a\x1cmaas/common/v1/options.proto\"\x90\x01\n\x17ListUsageRecordsRequest\x12 \n\tpage_size\x18\x01 \x01(\x05\x42\r\x92\xe7\x18\t\x11\x00\x00\x00\x00\x00\x00\x00\x00\x12\x1b\n\npage_token\x18\x02 \x01(\tB\x07\x92\xe7\x18\x03 \x80\x08\x12\x17\n\x06parent\x18\x03 \x01(\tB\x07\x92\xe7\x18\x03 \xa0\x01\x12\x1d\n\rgeneration_id\x18\x04 \x01(\tB\x06\x92\xe7\x18\x02 `\"h\n\x18ListUsageRecordsResponse\x12\x33\n\rusage_records\x18\x01 \x03(\x0b\x32\x1c.maas.billing.v1.UsageRecord\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\x9c\x01\n\x0cUsageService\x12\x8b\x01\n\x10ListUsageRecords\x12(.maas.billing.v1.ListUsageRecordsRequest\x1a).maas.billing.v1.ListUsageRecordsResponse\"\"\x90\x02\x01\x8a\xe7\x18\x1b\x08\x01\x12\x11usageRecords.list\x18\x02\"\x02\x08\nb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#maas/billing/v1/usage_service.proto\x12\x0fmaas.billing.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1cmaas/billing/v1/ledger.proto\x1a\x1amaas/common/v1/money.proto\x1a\x1cmaas/common/v1/options.proto\x1a\x1cmaas/common/v1/receipt.proto\x1a\x1amaas/common/v1/usage.proto\"\xbe\x01\n\x17ListUsageRecordsRequest\x12 \n\tpage_size\x18\x01 \x01(\x05\x42\r\x92\xe7\x18\t\x11\x00\x00\x00\x00\x00\x00\x00\x00\x12\x1b\n\npage_token\x18\x02 \x01(\tB\x07\x92\xe7\x18\x03 \x80\x08\x12\x17\n\x06parent\x18\x03 \x01(\tB\x07\x92\xe7\x18\x03 \xa0\x01\x12\x1d\n\rgeneration_id\x18\x04 \x01(\tB\x06\x92\xe7\x18\x02 `\x12,\n\x06\x66ilter\x18\x05 \x01(\x0b\x32\x1c.maas.billing.v1.UsageFilter\"h\n\x18ListUsageRecordsResponse\x12\x33\n\rusage_records\x18\x01 \x03(\x0b\x32\x1c.maas.billing.v1.UsageRecord\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xe9\x02\n\x0bUsageFilter\x12\x18\n\x07project\x18\x01 \x01(\tB\x07\x92\xe7\x18\x03 \xa0\x01\x12\x18\n\x07\x61pi_key\x18\x02 \x01(\tB\x07\x92\xe7\x18\x03 \xa0\x01\x12\x19\n\x08offering\x18\x03 \x01(\tB\x07\x92\xe7\x18\x03 \xa0\x01\x12\x1e\n\rmodel_version\x18\x04 \x01(\tB\x07\x92\xe7\x18\x03 \xa0\x01\x12\x43\n\x06labels\x18\x05 \x03(\x0b\x32(.maas.billing.v1.UsageFilter.LabelsEntryB\t\x92\xe7\x18\x05 \x80\x02(\x10\x12\x19\n\x08\x65nd_user\x18\x06 \x01(\tB\x07\x92\xe7\x18\x03 \x80\x01\x12.\n\nstart_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xf5\x01\n\x15SummarizeUsageRequest\x12 \n\tpage_size\x18\x01 \x01(\x05\x42\r\x92\xe7\x18\t\x11\x00\x00\x00\x00\x00\x00\x00\x00\x12\x1b\n\npage_token\x18\x02 \x01(\tB\x07\x92\xe7\x18\x03 \x80\x08\x12\x17\n\x06parent\x18\x03 \x01(\tB\x07\x92\xe7\x18\x03 \xa0\x01\x12,\n\x06\x66ilter\x18\x04 \x01(\x0b\x32\x1c.maas.billing.v1.UsageFilter\x12;\n\x08group_by\x18\x05 \x03(\x0e\x32\x1f.maas.billing.v1.UsageDimensionB\x08\x92\xe7\x18\x04(\x08\x38\x01\x12\x19\n\tlabel_key\x18\x06 \x01(\tB\x06\x92\xe7\x18\x02 @\"c\n\x16SummarizeUsageResponse\x12\x30\n\tsummaries\x18\x01 \x03(\x0b\x32\x1d.maas.billing.v1.UsageSummary\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x8b\x02\n\x0cUsageSummary\x12\x0e\n\x06values\x18\x01 \x03(\t\x12\x14\n\x0crecord_count\x18\x02 \x01(\x03\x12)\n\x05usage\x18\x03 \x01(\x0b\x32\x1a.maas.common.v1.TokenUsage\x12%\n\x06\x63harge\x18\x04 \x01(\x0b\x32\x15.maas.common.v1.Money\x12\'\n\x08refunded\x18\x05 \x01(\x0b\x32\x15.maas.common.v1.Money\x12.\n\x0b\x65ngine_time\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x0b\x65ngine_cost\x18\x07 \x01(\x0b\x32\x15.maas.common.v1.Money\"N\n\x11GetReceiptRequest\x12\x1d\n\rgeneration_id\x18\x01 \x01(\tB\x06\x92\xe7\x18\x02 `\x12\x1a\n\nrequest_id\x18\x02 \x01(\tB\x06\x92\xe7\x18\x02 @\"D\n\x12GetReceiptResponse\x12.\n\x07receipt\x18\x01 \x01(\x0b\x32\x1d.maas.common.v1.SignedReceipt\"W\n\x16ListReceiptKeysRequest\x12 \n\tpage_size\x18\x01 \x01(\x05\x42\r\x92\xe7\x18\t\x11\x00\x00\x00\x00\x00\x00\x00\x00\x12\x1b\n\npage_token\x18\x02 \x01(\tB\x07\x92\xe7\x18\x03 \x80\x08\"\\\n\x17ListReceiptKeysResponse\x12(\n\x04keys\x18\x01 \x03(\x0b\x32\x1a.maas.common.v1.ReceiptKey\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\x9a\x02\n\x0eUsageDimension\x12\x1f\n\x1bUSAGE_DIMENSION_UNSPECIFIED\x10\x00\x12\x17\n\x13USAGE_DIMENSION_DAY\x10\x01\x12\x1b\n\x17USAGE_DIMENSION_PROJECT\x10\x02\x12\x1b\n\x17USAGE_DIMENSION_API_KEY\x10\x03\x12\x1c\n\x18USAGE_DIMENSION_OFFERING\x10\x04\x12!\n\x1dUSAGE_DIMENSION_MODEL_VERSION\x10\x05\x12\x19\n\x15USAGE_DIMENSION_PRICE\x10\x06\x12\x19\n\x15USAGE_DIMENSION_LABEL\x10\x07\x12\x1d\n\x19USAGE_DIMENSION_END_CAUSE\x10\x08\x32\xa8\x04\n\x0cUsageService\x12\x85\x01\n\x0eSummarizeUsage\x12&.maas.billing.v1.SummarizeUsageRequest\x1a\'.maas.billing.v1.SummarizeUsageResponse\"\"\x90\x02\x01\x8a\xe7\x18\x1b\x08\x01\x12\x11usageRecords.list\x18\x02\"\x02\x08\x1e\x12x\n\nGetReceipt\x12\".maas.billing.v1.GetReceiptRequest\x1a#.maas.billing.v1.GetReceiptResponse\"!\x90\x02\x01\x8a\xe7\x18\x1a\x08\x01\x12\x10usageRecords.get\x18\x02\"\x02\x08\n\x12\x87\x01\n\x0fListReceiptKeys\x12\'.maas.billing.v1.ListReceiptKeysRequest\x1a(.maas.billing.v1.ListReceiptKeysResponse\"!\x90\x02\x01\x8a\xe7\x18\x1a\x08\x01\x12\x10receiptKeys.list\x18\x02\"\x02\x08\n\x12\x8b\x01\n\x10ListUsageRecords\x12(.maas.billing.v1.ListUsageRecordsRequest\x1a).maas.billing.v1.ListUsageRecordsResponse\"\"\x90\x02\x01\x8a\xe7\x18\x1b\x08\x01\x12\x11usageRecords.list\x18\x02\"\x02\x08\nb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,12 +46,70 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTUSAGERECORDSREQUEST'].fields_by_name['parent']._serialized_options = b'\222\347\030\003 \240\001'
   _globals['_LISTUSAGERECORDSREQUEST'].fields_by_name['generation_id']._loaded_options = None
   _globals['_LISTUSAGERECORDSREQUEST'].fields_by_name['generation_id']._serialized_options = b'\222\347\030\002 `'
+  _globals['_USAGEFILTER_LABELSENTRY']._loaded_options = None
+  _globals['_USAGEFILTER_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_USAGEFILTER'].fields_by_name['project']._loaded_options = None
+  _globals['_USAGEFILTER'].fields_by_name['project']._serialized_options = b'\222\347\030\003 \240\001'
+  _globals['_USAGEFILTER'].fields_by_name['api_key']._loaded_options = None
+  _globals['_USAGEFILTER'].fields_by_name['api_key']._serialized_options = b'\222\347\030\003 \240\001'
+  _globals['_USAGEFILTER'].fields_by_name['offering']._loaded_options = None
+  _globals['_USAGEFILTER'].fields_by_name['offering']._serialized_options = b'\222\347\030\003 \240\001'
+  _globals['_USAGEFILTER'].fields_by_name['model_version']._loaded_options = None
+  _globals['_USAGEFILTER'].fields_by_name['model_version']._serialized_options = b'\222\347\030\003 \240\001'
+  _globals['_USAGEFILTER'].fields_by_name['labels']._loaded_options = None
+  _globals['_USAGEFILTER'].fields_by_name['labels']._serialized_options = b'\222\347\030\005 \200\002(\020'
+  _globals['_USAGEFILTER'].fields_by_name['end_user']._loaded_options = None
+  _globals['_USAGEFILTER'].fields_by_name['end_user']._serialized_options = b'\222\347\030\003 \200\001'
+  _globals['_SUMMARIZEUSAGEREQUEST'].fields_by_name['page_size']._loaded_options = None
+  _globals['_SUMMARIZEUSAGEREQUEST'].fields_by_name['page_size']._serialized_options = b'\222\347\030\t\021\000\000\000\000\000\000\000\000'
+  _globals['_SUMMARIZEUSAGEREQUEST'].fields_by_name['page_token']._loaded_options = None
+  _globals['_SUMMARIZEUSAGEREQUEST'].fields_by_name['page_token']._serialized_options = b'\222\347\030\003 \200\010'
+  _globals['_SUMMARIZEUSAGEREQUEST'].fields_by_name['parent']._loaded_options = None
+  _globals['_SUMMARIZEUSAGEREQUEST'].fields_by_name['parent']._serialized_options = b'\222\347\030\003 \240\001'
+  _globals['_SUMMARIZEUSAGEREQUEST'].fields_by_name['group_by']._loaded_options = None
+  _globals['_SUMMARIZEUSAGEREQUEST'].fields_by_name['group_by']._serialized_options = b'\222\347\030\004(\0108\001'
+  _globals['_SUMMARIZEUSAGEREQUEST'].fields_by_name['label_key']._loaded_options = None
+  _globals['_SUMMARIZEUSAGEREQUEST'].fields_by_name['label_key']._serialized_options = b'\222\347\030\002 @'
+  _globals['_GETRECEIPTREQUEST'].fields_by_name['generation_id']._loaded_options = None
+  _globals['_GETRECEIPTREQUEST'].fields_by_name['generation_id']._serialized_options = b'\222\347\030\002 `'
+  _globals['_GETRECEIPTREQUEST'].fields_by_name['request_id']._loaded_options = None
+  _globals['_GETRECEIPTREQUEST'].fields_by_name['request_id']._serialized_options = b'\222\347\030\002 @'
+  _globals['_LISTRECEIPTKEYSREQUEST'].fields_by_name['page_size']._loaded_options = None
+  _globals['_LISTRECEIPTKEYSREQUEST'].fields_by_name['page_size']._serialized_options = b'\222\347\030\t\021\000\000\000\000\000\000\000\000'
+  _globals['_LISTRECEIPTKEYSREQUEST'].fields_by_name['page_token']._loaded_options = None
+  _globals['_LISTRECEIPTKEYSREQUEST'].fields_by_name['page_token']._serialized_options = b'\222\347\030\003 \200\010'
+  _globals['_USAGESERVICE'].methods_by_name['SummarizeUsage']._loaded_options = None
+  _globals['_USAGESERVICE'].methods_by_name['SummarizeUsage']._serialized_options = b'\220\002\001\212\347\030\033\010\001\022\021usageRecords.list\030\002\"\002\010\036'
+  _globals['_USAGESERVICE'].methods_by_name['GetReceipt']._loaded_options = None
+  _globals['_USAGESERVICE'].methods_by_name['GetReceipt']._serialized_options = b'\220\002\001\212\347\030\032\010\001\022\020usageRecords.get\030\002\"\002\010\n'
+  _globals['_USAGESERVICE'].methods_by_name['ListReceiptKeys']._loaded_options = None
+  _globals['_USAGESERVICE'].methods_by_name['ListReceiptKeys']._serialized_options = b'\220\002\001\212\347\030\032\010\001\022\020receiptKeys.list\030\002\"\002\010\n'
   _globals['_USAGESERVICE'].methods_by_name['ListUsageRecords']._loaded_options = None
   _globals['_USAGESERVICE'].methods_by_name['ListUsageRecords']._serialized_options = b'\220\002\001\212\347\030\033\010\001\022\021usageRecords.list\030\002\"\002\010\n'
-  _globals['_LISTUSAGERECORDSREQUEST']._serialized_start=117
-  _globals['_LISTUSAGERECORDSREQUEST']._serialized_end=261
-  _globals['_LISTUSAGERECORDSRESPONSE']._serialized_start=263
-  _globals['_LISTUSAGERECORDSRESPONSE']._serialized_end=367
-  _globals['_USAGESERVICE']._serialized_start=370
-  _globals['_USAGESERVICE']._serialized_end=526
+  _globals['_USAGEDIMENSION']._serialized_start=1883
+  _globals['_USAGEDIMENSION']._serialized_end=2165
+  _globals['_LISTUSAGERECORDSREQUEST']._serialized_start=268
+  _globals['_LISTUSAGERECORDSREQUEST']._serialized_end=458
+  _globals['_LISTUSAGERECORDSRESPONSE']._serialized_start=460
+  _globals['_LISTUSAGERECORDSRESPONSE']._serialized_end=564
+  _globals['_USAGEFILTER']._serialized_start=567
+  _globals['_USAGEFILTER']._serialized_end=928
+  _globals['_USAGEFILTER_LABELSENTRY']._serialized_start=883
+  _globals['_USAGEFILTER_LABELSENTRY']._serialized_end=928
+  _globals['_SUMMARIZEUSAGEREQUEST']._serialized_start=931
+  _globals['_SUMMARIZEUSAGEREQUEST']._serialized_end=1176
+  _globals['_SUMMARIZEUSAGERESPONSE']._serialized_start=1178
+  _globals['_SUMMARIZEUSAGERESPONSE']._serialized_end=1277
+  _globals['_USAGESUMMARY']._serialized_start=1280
+  _globals['_USAGESUMMARY']._serialized_end=1547
+  _globals['_GETRECEIPTREQUEST']._serialized_start=1549
+  _globals['_GETRECEIPTREQUEST']._serialized_end=1627
+  _globals['_GETRECEIPTRESPONSE']._serialized_start=1629
+  _globals['_GETRECEIPTRESPONSE']._serialized_end=1697
+  _globals['_LISTRECEIPTKEYSREQUEST']._serialized_start=1699
+  _globals['_LISTRECEIPTKEYSREQUEST']._serialized_end=1786
+  _globals['_LISTRECEIPTKEYSRESPONSE']._serialized_start=1788
+  _globals['_LISTRECEIPTKEYSRESPONSE']._serialized_end=1880
+  _globals['_USAGESERVICE']._serialized_start=2168
+  _globals['_USAGESERVICE']._serialized_end=2720
 # @@protoc_insertion_point(module_scope)

@@ -5,9 +5,15 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from maas.billing.v1 import ledger_pb2 as _ledger_pb2
+from maas.common.v1 import money_pb2 as _money_pb2
+from maas.common.v1 import receipt_pb2 as _receipt_pb2
+from maas.common.v1 import usage_pb2 as _usage_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -19,6 +25,54 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _UsageDimension:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _UsageDimensionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UsageDimension.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    USAGE_DIMENSION_UNSPECIFIED: _UsageDimension.ValueType  # 0
+    """Never used."""
+    USAGE_DIMENSION_DAY: _UsageDimension.ValueType  # 1
+    """UTC day of the settlement."""
+    USAGE_DIMENSION_PROJECT: _UsageDimension.ValueType  # 2
+    """Who called."""
+    USAGE_DIMENSION_API_KEY: _UsageDimension.ValueType  # 3
+    """With which key."""
+    USAGE_DIMENSION_OFFERING: _UsageDimension.ValueType  # 4
+    """What was called."""
+    USAGE_DIMENSION_MODEL_VERSION: _UsageDimension.ValueType  # 5
+    """What served."""
+    USAGE_DIMENSION_PRICE: _UsageDimension.ValueType  # 6
+    """At which price."""
+    USAGE_DIMENSION_LABEL: _UsageDimension.ValueType  # 7
+    """Value of the label `label_key`."""
+    USAGE_DIMENSION_END_CAUSE: _UsageDimension.ValueType  # 8
+    """How it ended."""
+
+class UsageDimension(_UsageDimension, metaclass=_UsageDimensionEnumTypeWrapper):
+    """A dimension of usage."""
+
+USAGE_DIMENSION_UNSPECIFIED: UsageDimension.ValueType  # 0
+"""Never used."""
+USAGE_DIMENSION_DAY: UsageDimension.ValueType  # 1
+"""UTC day of the settlement."""
+USAGE_DIMENSION_PROJECT: UsageDimension.ValueType  # 2
+"""Who called."""
+USAGE_DIMENSION_API_KEY: UsageDimension.ValueType  # 3
+"""With which key."""
+USAGE_DIMENSION_OFFERING: UsageDimension.ValueType  # 4
+"""What was called."""
+USAGE_DIMENSION_MODEL_VERSION: UsageDimension.ValueType  # 5
+"""What served."""
+USAGE_DIMENSION_PRICE: UsageDimension.ValueType  # 6
+"""At which price."""
+USAGE_DIMENSION_LABEL: UsageDimension.ValueType  # 7
+"""Value of the label `label_key`."""
+USAGE_DIMENSION_END_CAUSE: UsageDimension.ValueType  # 8
+"""How it ended."""
+Global___UsageDimension: _TypeAlias = UsageDimension  # noqa: Y015
+
 @_typing.final
 class ListUsageRecordsRequest(_message.Message):
     """Asks for a page of usage records."""
@@ -29,6 +83,7 @@ class ListUsageRecordsRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     PARENT_FIELD_NUMBER: _builtins.int
     GENERATION_ID_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """Most items wanted: 50 when zero, 1000 at most."""
     page_token: _builtins.str
@@ -37,6 +92,10 @@ class ListUsageRecordsRequest(_message.Message):
     """"accounts/{account}"; a tenant may leave it empty for its own."""
     generation_id: _builtins.str
     """Only the record of this generation, when set."""
+    @_builtins.property
+    def filter(self) -> Global___UsageFilter:
+        """Only the records that it lets through, when set."""
+
     def __init__(
         self,
         *,
@@ -44,10 +103,11 @@ class ListUsageRecordsRequest(_message.Message):
         page_token: _builtins.str = ...,
         parent: _builtins.str = ...,
         generation_id: _builtins.str = ...,
+        filter: Global___UsageFilter | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation_id", b"generation_id", "page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "generation_id", b"generation_id", "page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -80,3 +140,319 @@ class ListUsageRecordsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListUsageRecordsResponse: _TypeAlias = ListUsageRecordsResponse  # noqa: Y015
+
+@_typing.final
+class UsageFilter(_message.Message):
+    """Lets usage records through that agree with all that is set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    PROJECT_FIELD_NUMBER: _builtins.int
+    API_KEY_FIELD_NUMBER: _builtins.int
+    OFFERING_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    END_USER_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    project: _builtins.str
+    """"projects/{project}"."""
+    api_key: _builtins.str
+    """"apiKeys/{key}"."""
+    offering: _builtins.str
+    """"offerings/{offering}"."""
+    model_version: _builtins.str
+    """"models/{model}/versions/{version}"."""
+    end_user: _builtins.str
+    """The caller's own id of whom the request was for."""
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """All of these labels, with these values."""
+
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """Settled at this time or later."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """Settled before this time."""
+
+    def __init__(
+        self,
+        *,
+        project: _builtins.str = ...,
+        api_key: _builtins.str = ...,
+        offering: _builtins.str = ...,
+        model_version: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        end_user: _builtins.str = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key", "end_time", b"end_time", "end_user", b"end_user", "labels", b"labels", "model_version", b"model_version", "offering", b"offering", "project", b"project", "start_time", b"start_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsageFilter: _TypeAlias = UsageFilter  # noqa: Y015
+
+@_typing.final
+class SummarizeUsageRequest(_message.Message):
+    """Asks for sums of usage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    PARENT_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    GROUP_BY_FIELD_NUMBER: _builtins.int
+    LABEL_KEY_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """Most items wanted: 50 when zero, 1000 at most."""
+    page_token: _builtins.str
+    """next_page_token of the page before."""
+    parent: _builtins.str
+    """"accounts/{account}"; a tenant may leave it empty for its own."""
+    label_key: _builtins.str
+    """With USAGE_DIMENSION_LABEL."""
+    @_builtins.property
+    def filter(self) -> Global___UsageFilter:
+        """What is summed; everything when absent."""
+
+    @_builtins.property
+    def group_by(self) -> _containers.RepeatedScalarFieldContainer[Global___UsageDimension.ValueType]:
+        """One group for each combination of values; one in all when empty."""
+
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        parent: _builtins.str = ...,
+        filter: Global___UsageFilter | None = ...,
+        group_by: _abc.Iterable[Global___UsageDimension.ValueType] | None = ...,
+        label_key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "group_by", b"group_by", "label_key", b"label_key", "page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SummarizeUsageRequest: _TypeAlias = SummarizeUsageRequest  # noqa: Y015
+
+@_typing.final
+class SummarizeUsageResponse(_message.Message):
+    """A page of sums."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUMMARIES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """For the next page; empty after the last."""
+    @_builtins.property
+    def summaries(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsageSummary]:
+        """In order of their values."""
+
+    def __init__(
+        self,
+        *,
+        summaries: _abc.Iterable[Global___UsageSummary] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "summaries", b"summaries"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SummarizeUsageResponse: _TypeAlias = SummarizeUsageResponse  # noqa: Y015
+
+@_typing.final
+class UsageSummary(_message.Message):
+    """Sums over some usage records."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    RECORD_COUNT_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    CHARGE_FIELD_NUMBER: _builtins.int
+    REFUNDED_FIELD_NUMBER: _builtins.int
+    ENGINE_TIME_FIELD_NUMBER: _builtins.int
+    ENGINE_COST_FIELD_NUMBER: _builtins.int
+    record_count: _builtins.int
+    """How many records."""
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Values of the dimensions asked for, in their order; a record without the
+        label counts under the empty text.
+        """
+
+    @_builtins.property
+    def usage(self) -> _usage_pb2.TokenUsage:
+        """Of all of them."""
+
+    @_builtins.property
+    def charge(self) -> _money_pb2.Money:
+        """Likewise."""
+
+    @_builtins.property
+    def refunded(self) -> _money_pb2.Money:
+        """Likewise."""
+
+    @_builtins.property
+    def engine_time(self) -> _duration_pb2.Duration:
+        """Likewise."""
+
+    @_builtins.property
+    def engine_cost(self) -> _money_pb2.Money:
+        """What that engine time cost the operator, where prices say so. Shown to
+        administrators only.
+        """
+
+    def __init__(
+        self,
+        *,
+        values: _abc.Iterable[_builtins.str] | None = ...,
+        record_count: _builtins.int = ...,
+        usage: _usage_pb2.TokenUsage | None = ...,
+        charge: _money_pb2.Money | None = ...,
+        refunded: _money_pb2.Money | None = ...,
+        engine_time: _duration_pb2.Duration | None = ...,
+        engine_cost: _money_pb2.Money | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "engine_cost", b"engine_cost", "engine_time", b"engine_time", "refunded", b"refunded", "usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "engine_cost", b"engine_cost", "engine_time", b"engine_time", "record_count", b"record_count", "refunded", b"refunded", "usage", b"usage", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsageSummary: _TypeAlias = UsageSummary  # noqa: Y015
+
+@_typing.final
+class GetReceiptRequest(_message.Message):
+    """Asks for a receipt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    generation_id: _builtins.str
+    """Id of the generation; or else its request_id."""
+    request_id: _builtins.str
+    """Idempotency key that the caller's project gave."""
+    def __init__(
+        self,
+        *,
+        generation_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation_id", b"generation_id", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetReceiptRequest: _TypeAlias = GetReceiptRequest  # noqa: Y015
+
+@_typing.final
+class GetReceiptResponse(_message.Message):
+    """A receipt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def receipt(self) -> _receipt_pb2.SignedReceipt:
+        """As it was in the last frame."""
+
+    def __init__(
+        self,
+        *,
+        receipt: _receipt_pb2.SignedReceipt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetReceiptResponse: _TypeAlias = GetReceiptResponse  # noqa: Y015
+
+@_typing.final
+class ListReceiptKeysRequest(_message.Message):
+    """Asks for the keys of receipts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """Most items wanted: 50 when zero, 1000 at most."""
+    page_token: _builtins.str
+    """next_page_token of the page before."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListReceiptKeysRequest: _TypeAlias = ListReceiptKeysRequest  # noqa: Y015
+
+@_typing.final
+class ListReceiptKeysResponse(_message.Message):
+    """A page of keys."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEYS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """For the next page; empty after the last."""
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedCompositeFieldContainer[_receipt_pb2.ReceiptKey]:
+        """In order of key_id."""
+
+    def __init__(
+        self,
+        *,
+        keys: _abc.Iterable[_receipt_pb2.ReceiptKey] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListReceiptKeysResponse: _TypeAlias = ListReceiptKeysResponse  # noqa: Y015

@@ -35,6 +35,21 @@ class UsageServiceStub(object):
         Args:
             channel: A grpc.Channel.
         """
+        self.SummarizeUsage = channel.unary_unary(
+                '/maas.billing.v1.UsageService/SummarizeUsage',
+                request_serializer=maas_dot_billing_dot_v1_dot_usage__service__pb2.SummarizeUsageRequest.SerializeToString,
+                response_deserializer=maas_dot_billing_dot_v1_dot_usage__service__pb2.SummarizeUsageResponse.FromString,
+                _registered_method=True)
+        self.GetReceipt = channel.unary_unary(
+                '/maas.billing.v1.UsageService/GetReceipt',
+                request_serializer=maas_dot_billing_dot_v1_dot_usage__service__pb2.GetReceiptRequest.SerializeToString,
+                response_deserializer=maas_dot_billing_dot_v1_dot_usage__service__pb2.GetReceiptResponse.FromString,
+                _registered_method=True)
+        self.ListReceiptKeys = channel.unary_unary(
+                '/maas.billing.v1.UsageService/ListReceiptKeys',
+                request_serializer=maas_dot_billing_dot_v1_dot_usage__service__pb2.ListReceiptKeysRequest.SerializeToString,
+                response_deserializer=maas_dot_billing_dot_v1_dot_usage__service__pb2.ListReceiptKeysResponse.FromString,
+                _registered_method=True)
         self.ListUsageRecords = channel.unary_unary(
                 '/maas.billing.v1.UsageService/ListUsageRecords',
                 request_serializer=maas_dot_billing_dot_v1_dot_usage__service__pb2.ListUsageRecordsRequest.SerializeToString,
@@ -45,6 +60,29 @@ class UsageServiceStub(object):
 class UsageServiceServicer(object):
     """What was used.
     """
+
+    def SummarizeUsage(self, request, context):
+        """Sums usage records by any of their dimensions. Whatever the grouping and the
+        filter, the groups sum to the records.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetReceipt(self, request, context):
+        """Returns the signed receipt of a settled generation.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListReceiptKeys(self, request, context):
+        """Lists the public keys that receipts are signed with, those out of use included,
+        so that receipts are verified without asking anybody.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def ListUsageRecords(self, request, context):
         """Lists usage records, oldest first. Tenants reach their own organization's
@@ -57,6 +95,21 @@ class UsageServiceServicer(object):
 
 def add_UsageServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'SummarizeUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.SummarizeUsage,
+                    request_deserializer=maas_dot_billing_dot_v1_dot_usage__service__pb2.SummarizeUsageRequest.FromString,
+                    response_serializer=maas_dot_billing_dot_v1_dot_usage__service__pb2.SummarizeUsageResponse.SerializeToString,
+            ),
+            'GetReceipt': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetReceipt,
+                    request_deserializer=maas_dot_billing_dot_v1_dot_usage__service__pb2.GetReceiptRequest.FromString,
+                    response_serializer=maas_dot_billing_dot_v1_dot_usage__service__pb2.GetReceiptResponse.SerializeToString,
+            ),
+            'ListReceiptKeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListReceiptKeys,
+                    request_deserializer=maas_dot_billing_dot_v1_dot_usage__service__pb2.ListReceiptKeysRequest.FromString,
+                    response_serializer=maas_dot_billing_dot_v1_dot_usage__service__pb2.ListReceiptKeysResponse.SerializeToString,
+            ),
             'ListUsageRecords': grpc.unary_unary_rpc_method_handler(
                     servicer.ListUsageRecords,
                     request_deserializer=maas_dot_billing_dot_v1_dot_usage__service__pb2.ListUsageRecordsRequest.FromString,
@@ -73,6 +126,87 @@ def add_UsageServiceServicer_to_server(servicer, server):
 class UsageService(object):
     """What was used.
     """
+
+    @staticmethod
+    def SummarizeUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/maas.billing.v1.UsageService/SummarizeUsage',
+            maas_dot_billing_dot_v1_dot_usage__service__pb2.SummarizeUsageRequest.SerializeToString,
+            maas_dot_billing_dot_v1_dot_usage__service__pb2.SummarizeUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetReceipt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/maas.billing.v1.UsageService/GetReceipt',
+            maas_dot_billing_dot_v1_dot_usage__service__pb2.GetReceiptRequest.SerializeToString,
+            maas_dot_billing_dot_v1_dot_usage__service__pb2.GetReceiptResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListReceiptKeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/maas.billing.v1.UsageService/ListReceiptKeys',
+            maas_dot_billing_dot_v1_dot_usage__service__pb2.ListReceiptKeysRequest.SerializeToString,
+            maas_dot_billing_dot_v1_dot_usage__service__pb2.ListReceiptKeysResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def ListUsageRecords(request,

@@ -33,6 +33,16 @@ class UsageServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> UsageServiceAsyncStub: ...
+    SummarizeUsage: _grpc.UnaryUnaryMultiCallable[_usage_service_pb2.SummarizeUsageRequest, _usage_service_pb2.SummarizeUsageResponse]
+    """Sums usage records by any of their dimensions. Whatever the grouping and the
+    filter, the groups sum to the records.
+    """
+    GetReceipt: _grpc.UnaryUnaryMultiCallable[_usage_service_pb2.GetReceiptRequest, _usage_service_pb2.GetReceiptResponse]
+    """Returns the signed receipt of a settled generation."""
+    ListReceiptKeys: _grpc.UnaryUnaryMultiCallable[_usage_service_pb2.ListReceiptKeysRequest, _usage_service_pb2.ListReceiptKeysResponse]
+    """Lists the public keys that receipts are signed with, those out of use included,
+    so that receipts are verified without asking anybody.
+    """
     ListUsageRecords: _grpc.UnaryUnaryMultiCallable[_usage_service_pb2.ListUsageRecordsRequest, _usage_service_pb2.ListUsageRecordsResponse]
     """Lists usage records, oldest first. Tenants reach their own organization's
     account only; any other is NOT_FOUND to them.
@@ -43,6 +53,16 @@ class UsageServiceAsyncStub(UsageServiceStub):
     """What was used."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
+    SummarizeUsage: _aio.UnaryUnaryMultiCallable[_usage_service_pb2.SummarizeUsageRequest, _usage_service_pb2.SummarizeUsageResponse]  # type: ignore[assignment]
+    """Sums usage records by any of their dimensions. Whatever the grouping and the
+    filter, the groups sum to the records.
+    """
+    GetReceipt: _aio.UnaryUnaryMultiCallable[_usage_service_pb2.GetReceiptRequest, _usage_service_pb2.GetReceiptResponse]  # type: ignore[assignment]
+    """Returns the signed receipt of a settled generation."""
+    ListReceiptKeys: _aio.UnaryUnaryMultiCallable[_usage_service_pb2.ListReceiptKeysRequest, _usage_service_pb2.ListReceiptKeysResponse]  # type: ignore[assignment]
+    """Lists the public keys that receipts are signed with, those out of use included,
+    so that receipts are verified without asking anybody.
+    """
     ListUsageRecords: _aio.UnaryUnaryMultiCallable[_usage_service_pb2.ListUsageRecordsRequest, _usage_service_pb2.ListUsageRecordsResponse]  # type: ignore[assignment]
     """Lists usage records, oldest first. Tenants reach their own organization's
     account only; any other is NOT_FOUND to them.
@@ -50,6 +70,34 @@ class UsageServiceAsyncStub(UsageServiceStub):
 
 class UsageServiceServicer(metaclass=_abc_1.ABCMeta):
     """What was used."""
+
+    @_abc_1.abstractmethod
+    def SummarizeUsage(
+        self,
+        request: _usage_service_pb2.SummarizeUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_usage_service_pb2.SummarizeUsageResponse, _abc.Awaitable[_usage_service_pb2.SummarizeUsageResponse]]:
+        """Sums usage records by any of their dimensions. Whatever the grouping and the
+        filter, the groups sum to the records.
+        """
+
+    @_abc_1.abstractmethod
+    def GetReceipt(
+        self,
+        request: _usage_service_pb2.GetReceiptRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_usage_service_pb2.GetReceiptResponse, _abc.Awaitable[_usage_service_pb2.GetReceiptResponse]]:
+        """Returns the signed receipt of a settled generation."""
+
+    @_abc_1.abstractmethod
+    def ListReceiptKeys(
+        self,
+        request: _usage_service_pb2.ListReceiptKeysRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_usage_service_pb2.ListReceiptKeysResponse, _abc.Awaitable[_usage_service_pb2.ListReceiptKeysResponse]]:
+        """Lists the public keys that receipts are signed with, those out of use included,
+        so that receipts are verified without asking anybody.
+        """
 
     @_abc_1.abstractmethod
     def ListUsageRecords(

@@ -73,6 +73,19 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION. The credit slice is closed, expired or was never
     acquired. Keys: slice, state.
     """
+    ERROR_REASON_SPEND_LIMIT_REACHED: _ErrorReason.ValueType  # 47
+    """RESOURCE_EXHAUSTED with QuotaFailure, and RetryInfo at the end of the window.
+    A spend limit has no room for the request. Keys: limit, requiredNanos,
+    availableNanos, currency.
+    """
+    ERROR_REASON_RATE_LIMIT_REACHED: _ErrorReason.ValueType  # 48
+    """RESOURCE_EXHAUSTED with QuotaFailure and RetryInfo. A rate limit has no room
+    for the request now. Keys: limit, metric.
+    """
+    ERROR_REASON_LARGER_THAN_LIMIT: _ErrorReason.ValueType  # 49
+    """INVALID_ARGUMENT with BadRequest. The request is larger than a rate limit
+    ever allows. Keys: limit, metric, required, most.
+    """
     ERROR_REASON_RESOURCE_NOT_FOUND: _ErrorReason.ValueType  # 60
     """NOT_FOUND with ResourceInfo. Keys: resource."""
     ERROR_REASON_RESOURCE_EXISTS: _ErrorReason.ValueType  # 61
@@ -201,6 +214,19 @@ ERROR_REASON_PRICE_MISSING: ErrorReason.ValueType  # 45
 ERROR_REASON_SLICE_NOT_OPEN: ErrorReason.ValueType  # 46
 """FAILED_PRECONDITION. The credit slice is closed, expired or was never
 acquired. Keys: slice, state.
+"""
+ERROR_REASON_SPEND_LIMIT_REACHED: ErrorReason.ValueType  # 47
+"""RESOURCE_EXHAUSTED with QuotaFailure, and RetryInfo at the end of the window.
+A spend limit has no room for the request. Keys: limit, requiredNanos,
+availableNanos, currency.
+"""
+ERROR_REASON_RATE_LIMIT_REACHED: ErrorReason.ValueType  # 48
+"""RESOURCE_EXHAUSTED with QuotaFailure and RetryInfo. A rate limit has no room
+for the request now. Keys: limit, metric.
+"""
+ERROR_REASON_LARGER_THAN_LIMIT: ErrorReason.ValueType  # 49
+"""INVALID_ARGUMENT with BadRequest. The request is larger than a rate limit
+ever allows. Keys: limit, metric, required, most.
 """
 ERROR_REASON_RESOURCE_NOT_FOUND: ErrorReason.ValueType  # 60
 """NOT_FOUND with ResourceInfo. Keys: resource."""

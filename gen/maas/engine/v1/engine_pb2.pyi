@@ -572,6 +572,7 @@ class Ended(_message.Message):
     LANE_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    ENGINE_TIME_FIELD_NUMBER: _builtins.int
     lane: _builtins.int
     """Of the execution."""
     @_builtins.property
@@ -584,16 +585,23 @@ class Ended(_message.Message):
         worker refused the execution and nothing was done.
         """
 
+    @_builtins.property
+    def engine_time(self) -> _duration_pb2.Duration:
+        """Share of the engine's time that this lane took: each step is divided by the
+        outputs that were in it.
+        """
+
     def __init__(
         self,
         *,
         lane: _builtins.int = ...,
         end: _generation_pb2.OutputEnd | None = ...,
         failure: Global___Failure | None = ...,
+        engine_time: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "failure", b"failure"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "engine_time", b"engine_time", "failure", b"failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "failure", b"failure", "lane", b"lane"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "engine_time", b"engine_time", "failure", b"failure", "lane", b"lane"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

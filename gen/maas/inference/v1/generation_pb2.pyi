@@ -11,6 +11,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from maas.common.v1 import money_pb2 as _money_pb2
+from maas.common.v1 import receipt_pb2 as _receipt_pb2
 from maas.common.v1 import usage_pb2 as _usage_pb2
 from maas.inference.v1 import constraint_pb2 as _constraint_pb2
 from maas.inference.v1 import scores_pb2 as _scores_pb2
@@ -962,6 +963,7 @@ class Finished(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     CHARGE_FIELD_NUMBER: _builtins.int
+    RECEIPT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def usage(self) -> _usage_pb2.TokenUsage:
         """Exact counts."""
@@ -974,16 +976,21 @@ class Finished(_message.Message):
     def charge(self) -> _money_pb2.Money:
         """What is taken from the account, at the price frozen at admission."""
 
+    @_builtins.property
+    def receipt(self) -> _receipt_pb2.SignedReceipt:
+        """The same, signed. Also by UsageService.GetReceipt, once it is settled."""
+
     def __init__(
         self,
         *,
         usage: _usage_pb2.TokenUsage | None = ...,
         timings: Global___Timings | None = ...,
         charge: _money_pb2.Money | None = ...,
+        receipt: _receipt_pb2.SignedReceipt | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "receipt", b"receipt", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "receipt", b"receipt", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1041,6 +1048,7 @@ class Generation(_message.Message):
     CHARGE_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    RECEIPT_FIELD_NUMBER: _builtins.int
     generation_id: _builtins.str
     """Names the generation in usage records and logs."""
     offering: _builtins.str
@@ -1073,6 +1081,10 @@ class Generation(_message.Message):
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When the generation was admitted."""
 
+    @_builtins.property
+    def receipt(self) -> _receipt_pb2.SignedReceipt:
+        """Counts and charge, signed."""
+
     def __init__(
         self,
         *,
@@ -1086,10 +1098,11 @@ class Generation(_message.Message):
         charge: _money_pb2.Money | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         seed: _builtins.int = ...,
+        receipt: _receipt_pb2.SignedReceipt | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "create_time", b"create_time", "prompt_scores", b"prompt_scores", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "create_time", b"create_time", "prompt_scores", b"prompt_scores", "receipt", b"receipt", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "create_time", b"create_time", "generation_id", b"generation_id", "model_version", b"model_version", "offering", b"offering", "outputs", b"outputs", "prompt_scores", b"prompt_scores", "seed", b"seed", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "create_time", b"create_time", "generation_id", b"generation_id", "model_version", b"model_version", "offering", b"offering", "outputs", b"outputs", "prompt_scores", b"prompt_scores", "receipt", b"receipt", "seed", b"seed", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
