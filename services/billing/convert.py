@@ -7,15 +7,16 @@ from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from types import MappingProxyType
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from maas.billing.v1 import account_service_pb2, credit_slice_service_pb2, ledger_pb2
-from maas.common.v1 import money_pb2, usage_pb2
+from maas.common.v1 import money_pb2, receipt_pb2, usage_pb2
 
 from libs.errors import FieldRule, InvalidArgument, Reason, Violation, invalid_field
 from libs.ids import parse_name
 from libs.units import CURRENCY, NANOS_MAX
 from services.billing.domain import (
-    PRICE_MAX,
+    ENGINE_TIME_MAX_US,
     SYSTEM_PREFIX,
     TOKENS_MAX,
     Account,
@@ -24,7 +25,7 @@ from services.billing.domain import (
     Entry,
     EntryKind,
     Posting,
-    Price,
+    Receipt,
     Settlement,
     UsageRecord,
     account_name,
@@ -37,6 +38,9 @@ _KIND_TO_PB = {
     EntryKind.GRANT: ledger_pb2.ENTRY_KIND_GRANT,
     EntryKind.ADJUSTMENT: ledger_pb2.ENTRY_KIND_ADJUSTMENT,
     EntryKind.USAGE: ledger_pb2.ENTRY_KIND_USAGE,
+    EntryKind.TOP_UP: ledger_pb2.ENTRY_KIND_TOP_UP,
+    EntryKind.REFUND: ledger_pb2.ENTRY_KIND_REFUND,
+    EntryKind.EXPIRY: ledger_pb2.ENTRY_KIND_EXPIRY,
 }
 _POSTED_KINDS = {
     ledger_pb2.ENTRY_KIND_GRANT: EntryKind.GRANT,
@@ -175,6 +179,7 @@ def account_to_pb(account: Account) -> ledger_pb2.Account:
         display_name=account.display_name,
         currency_code=CURRENCY,
         create_time=time_to_pb(account.create_time),
+        credit_limit=money_to_pb(account.credit_limit),
     )
 
 
@@ -184,6 +189,7 @@ def balance_to_pb(balance: Balance) -> ledger_pb2.Balance:
         posted=money_to_pb(balance.posted),
         held=money_to_pb(balance.held),
         available=money_to_pb(balance.available),
+        credit_limit=money_to_pb(balance.credit_limit),
     )
 
 
@@ -225,68 +231,7 @@ def entry_to_pb(entry: Entry) -> ledger_pb2.LedgerEntry:
         source=entry.source,
         create_time=time_to_pb(entry.create_time),
         description=entry.description,
-    )
-
-
-def price_from_pb(price_id: str, message: ledger_pb2.Price, now: datetime) -> Price:
-    """Reads a new price.
-
-    Raises:
-        InvalidArgument: names the field.
-    """
-    effective_time = now
-    if message.HasField("effective_time"):
-        effective_time = time_from_pb(message.effective_time, "price.effective_time")
-    input_price = _price_per_million(
-        message.input_price_per_million, "price.input_price_per_million"
-    )
-    return Price(
-        price_id=price_id,
-        offering_id=offering_id_of(message.offering, "price.offering"),
-        input_price=input_price,
-        cached_input_price=_cached_input_price(message, input_price),
-        output_price=_price_per_million(
-            message.output_price_per_million, "price.output_price_per_million"
-        ),
-        effective_time=effective_time,
-        create_time=now,
-    )
-
-
-def _price_per_million(money: money_pb2.Money, field: str) -> int:
-    if not money.currency_code:
-        raise invalid_field(field, FieldRule.REQUIRED, "is required")
-    nanos = nanos_from_pb(money)
-    if not 0 <= nanos <= PRICE_MAX:
-        raise invalid_field(
-            f"{field}.nanos", FieldRule.OUT_OF_RANGE, f"must be between 0 and {PRICE_MAX}"
-        )
-    return nanos
-
-
-def _cached_input_price(message: ledger_pb2.Price, input_price: int) -> int | None:
-    if not message.HasField("cached_input_price_per_million"):
-        return None
-    field = "price.cached_input_price_per_million"
-    nanos = _price_per_million(message.cached_input_price_per_million, field)
-    if nanos > input_price:
-        raise invalid_field(
-            f"{field}.nanos", FieldRule.OUT_OF_RANGE, "must not exceed input_price_per_million"
-        )
-    return nanos
-
-
-def price_to_pb(price: Price) -> ledger_pb2.Price:
-    """Writes a price."""
-    cached = price.cached_input_price
-    return ledger_pb2.Price(
-        name=f"prices/{price.price_id}",
-        offering=f"offerings/{price.offering_id}",
-        input_price_per_million=money_to_pb(price.input_price),
-        output_price_per_million=money_to_pb(price.output_price),
-        cached_input_price_per_million=None if cached is None else money_to_pb(cached),
-        effective_time=time_to_pb(price.effective_time),
-        create_time=time_to_pb(price.create_time),
+        grant="" if entry.grant_id is None else f"{account}/grants/{entry.grant_id}",
     )
 
 
@@ -346,7 +291,28 @@ def _settlement_from_pb(message: credit_slice_service_pb2.Settlement) -> Settlem
         request_sha256=_request_sha256(message),
         labels=_labels(message.labels) if message.labels else _NO_LABELS,
         end_user=text_of(message.end_user, "end_user"),
+        engine_time_us=_engine_time_us(message),
+        is_background=message.background,
+        receipt=_receipt(message.receipt) if message.HasField("receipt") else None,
     )
+
+
+def _receipt(message: receipt_pb2.SignedReceipt) -> Receipt:
+    """Takes what the client got as it is: what is wrong with it never stops a settlement."""
+    return Receipt(content=message.receipt, key_id=message.key_id, signature=message.signature)
+
+
+def _engine_time_us(message: credit_slice_service_pb2.Settlement) -> int:
+    if not message.HasField("engine_time"):
+        return 0
+    told = message.engine_time
+    # Cheaper than Duration.ToTimedelta, once for each settlement.
+    microseconds = told.seconds * 1_000_000 + told.nanos // 1000
+    if not 0 <= microseconds <= ENGINE_TIME_MAX_US:
+        raise invalid_field(
+            "engine_time", FieldRule.OUT_OF_RANGE, f"must be 0 to {ENGINE_TIME_MAX_US} microseconds"
+        )
+    return microseconds
 
 
 def _labels(labels: Mapping[str, str]) -> dict[str, str]:
@@ -405,4 +371,12 @@ def record_to_pb(record: UsageRecord) -> ledger_pb2.UsageRecord:
         request_id=told.request_id,
         labels=told.labels,
         end_user=told.end_user,
+        engine_time=_engine_time_to_pb(told.engine_time_us),
+        background=told.is_background,
+        refunded=money_to_pb(record.refunded),
     )
+
+
+def _engine_time_to_pb(microseconds: int) -> Duration:
+    seconds, rest = divmod(microseconds, 1_000_000)
+    return Duration(seconds=seconds, nanos=rest * 1000)

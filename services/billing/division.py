@@ -9,31 +9,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from libs.units import Nanos, charge_usage
+from libs.units import Nanos, Rates
 from services.billing.domain import (
     BAD_DEBT,
     REVENUE,
     Balance,
     Entry,
     EntryKind,
-    Price,
     Settlement,
     Slice,
     UsageRecord,
 )
 
 
-def amount_of(settlement: Settlement, price: Price) -> Nanos:
+def amount_of(settlement: Settlement, rates: Rates) -> Nanos:
     """Prices a settlement; zero when its end is not charged."""
     if not settlement.end_cause.is_charged:
         return Nanos(0)
-    return charge_usage(
+    return rates.charge(
         input_tokens=settlement.input_tokens,
         output_tokens=settlement.output_tokens,
-        input_price=price.input_price,
-        output_price=price.output_price,
         cached_input_tokens=settlement.cached_input_tokens,
-        cached_input_price=price.cached_input_price,
+        reasoning_tokens=settlement.reasoning_tokens,
+        is_background=settlement.is_background,
     )
 
 
@@ -56,6 +54,7 @@ class Division:
         held_taken: for each account, how much its held falls.
         consumed: for each slice, how much was taken from it.
         late: records that their slice could not pay as a whole.
+        contradicting: repeats that say something else than the first did, which counts.
     """
 
     records: list[UsageRecord] = field(default_factory=list)
@@ -64,6 +63,7 @@ class Division:
     held_taken: dict[str, int] = field(default_factory=dict)
     consumed: dict[str, int] = field(default_factory=dict)
     late: list[UsageRecord] = field(default_factory=list)
+    contradicting: list[Settlement] = field(default_factory=list)
 
     def take(self, account_id: str, slice_id: str, *, from_slice: int, from_available: int) -> None:
         """Takes money of one settlement."""
@@ -153,6 +153,7 @@ def movement(
     source: str,
     description: str,
     now: datetime,
+    grant_id: str | None = None,
 ) -> list[Entry]:
     """Lists the entries of one movement of money.
 
@@ -163,6 +164,7 @@ def movement(
         source: what caused it.
         description: for people.
         now: when it is posted.
+        grant_id: that the first account's entry gives or takes back.
     """
     assert sum(amount for _, amount in sides) == 0
     return [
@@ -175,6 +177,7 @@ def movement(
             source=source,
             description=description,
             create_time=now,
+            grant_id=None if index else grant_id,
         )
         for index, (account_id, amount) in enumerate(sides)
     ]

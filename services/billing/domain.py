@@ -4,7 +4,8 @@ Pure: no gRPC, no SQL, no clock. Amounts are nanos of USD.
 
     posted     sum of the account's ledger entries
     held       granted - consumed over its slices that are open or expired
-    available  posted - held - floor, never negative
+    available  posted - held + credit limit - what has expired, never negative
+    remaining  of its grants: they sum to posted, or to zero while that is negative
 """
 
 from __future__ import annotations
@@ -13,22 +14,25 @@ import dataclasses
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from libs.errors import FailedPrecondition, FieldRule, Reason, invalid_field
-from libs.units import CURRENCY, NANOS_MAX, Nanos
+from libs.units import CURRENCY, NANOS_MAX, Nanos, Rates
 
 SYSTEM_PREFIX = "system-"
 REVENUE = "system-revenue"
 FUNDING = "system-funding"
 BAD_DEBT = "system-bad-debt"
 
-# Bounds that keep every charge within 64 bits: 2 * TOKENS_MAX * PRICE_MAX / 10^6 < 2^63. Cached
-# tokens are a part of the input and cost no more than the rest of it.
+# Bounds that keep every charge within 64 bits: a line of input, one of output, and the request.
 PRICE_MAX = 10**15
 TOKENS_MAX = 2**32
+# Of one generation: 11 days, far beyond what any takes.
+ENGINE_TIME_MAX_US = 10**12
+# A thousand dollars: so that the cost of a whole month of engines stays within 64 bits, too.
+ENGINE_SECOND_COST_MAX = 10**12
 
-assert 2 * TOKENS_MAX * PRICE_MAX // 10**6 < NANOS_MAX
+assert 2 * (TOKENS_MAX * PRICE_MAX // 10**6 + 1) + PRICE_MAX < NANOS_MAX
 
 
 class EntryKind(enum.Enum):
@@ -37,6 +41,9 @@ class EntryKind(enum.Enum):
     GRANT = "grant"
     ADJUSTMENT = "adjustment"
     USAGE = "usage"
+    TOP_UP = "top_up"
+    REFUND = "refund"
+    EXPIRY = "expiry"
 
 
 class SliceState(enum.Enum):
@@ -68,18 +75,66 @@ class EndCause(enum.Enum):
     @property
     def is_charged(self) -> bool:
         """Whether the client pays for what was released: not where the fault was ours."""
-        return self in _CHARGED
+        return CHARGE_RULES[self].is_charged
 
 
-_CHARGED = frozenset(
-    {
-        EndCause.COMPLETED,
-        EndCause.CLIENT_CANCELLED,
-        EndCause.DEADLINE,
-        EndCause.STALLED,
-        EndCause.REVOKED,
-    }
-)
+@dataclass(frozen=True, slots=True)
+class ChargeRule:
+    """What an end means for the bill.
+
+    Attributes:
+        is_charged: the counts that were released are charged; else the record's amount is zero.
+        why: the reason, for people.
+    """
+
+    is_charged: bool
+    why: str
+
+
+# The written policy: every way to end has its rule. Whatever the rule, the usage record counts all
+# tokens that were released, and whoever is charged pays for those and for the prompt.
+CHARGE_RULES: Mapping[EndCause, ChargeRule] = {
+    EndCause.COMPLETED: ChargeRule(
+        is_charged=True,
+        why="The client got the whole output, however short.",
+    ),
+    EndCause.CLIENT_CANCELLED: ChargeRule(
+        is_charged=True,
+        why="The client ended it, by a call or by going away, and has what was released.",
+    ),
+    EndCause.DEADLINE: ChargeRule(
+        is_charged=True,
+        why="The client said how long it waits, and has what was released until then.",
+    ),
+    EndCause.STALLED: ChargeRule(
+        is_charged=True,
+        why="The client stopped reading; what was released is kept for it to resume.",
+    ),
+    EndCause.REVOKED: ChargeRule(
+        is_charged=True,
+        why="The client's key was revoked or its generation cancelled by who owns it.",
+    ),
+    EndCause.WORKER_LOST: ChargeRule(
+        is_charged=False,
+        why="Our worker was lost, and no other could go on: a broken output is a gift.",
+    ),
+    EndCause.ENGINE_FAILURE: ChargeRule(
+        is_charged=False,
+        why="Our engine failed: a broken output is a gift, and before the first token there is"
+        " nothing to charge.",
+    ),
+    EndCause.GATEWAY_LOST: ChargeRule(
+        is_charged=False,
+        why="Our gateway was lost or stopped, and with it the stream.",
+    ),
+}
+
+
+class GrantKind(enum.Enum):
+    """Whether somebody paid for a grant."""
+
+    GIFT = "gift"
+    TOP_UP = "top_up"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +144,7 @@ class Account:
     account_id: str
     display_name: str
     create_time: datetime
+    credit_limit: int = 0
 
     @property
     def name(self) -> str:
@@ -98,17 +154,32 @@ class Account:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Balance:
-    """Money of an account at one moment."""
+    """Money of an account at one moment.
+
+    Attributes:
+        account_id: whose.
+        posted: sum of its entries.
+        held: what its slices have left.
+        credit_limit: how far new slices may take it below zero.
+        expired: part of posted that has expired and is not taken back yet.
+        is_due: a grant may have expired since anybody looked.
+        has_spend_limits: what is set aside and charged has to be told to them.
+    """
 
     account_id: str
     posted: int
     held: int
-    floor: int
+    credit_limit: int = 0
+    expired: int = 0
+    is_due: bool = False
+    has_spend_limits: bool = False
 
     @property
     def available(self) -> int:
-        """What can still be set aside."""
-        return self.posted - self.held - self.floor
+        """What can still be set aside; zero where a limit was lowered below what is used."""
+        if self.account_id.startswith(SYSTEM_PREFIX):
+            return 0
+        return max(0, self.posted - self.held + self.credit_limit - self.expired)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +195,7 @@ class Entry:
         source: generation id or request_id.
         description: text of the operator.
         create_time: when it was posted.
+        grant_id: of the grant that it gave or took back; None when it did neither.
     """
 
     number: int
@@ -134,6 +206,7 @@ class Entry:
     source: str
     description: str
     create_time: datetime
+    grant_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +246,11 @@ class Price:
             input_price; None for the same.
         effective_time: from when on it is in force.
         create_time: when it was created.
+        reasoning_price: nanos per million output tokens that are reasoning; None for output_price.
+        request_price: nanos for each request that is charged.
+        background_discount_percent: what requests in the background pay less.
+        engine_second_cost: nanos that a second of an engine costs the operator; None when it is
+            not known. Never charged.
         revision: order of creation.
     """
 
@@ -183,7 +261,23 @@ class Price:
     effective_time: datetime
     create_time: datetime
     cached_input_price: int | None = None
+    reasoning_price: int | None = None
+    request_price: int = 0
+    background_discount_percent: int = 0
+    engine_second_cost: int | None = None
     revision: int = 0
+
+    @property
+    def rates(self) -> Rates:
+        """How counts become a charge."""
+        return Rates(
+            input_price=self.input_price,
+            output_price=self.output_price,
+            cached_input_price=self.cached_input_price,
+            reasoning_price=self.reasoning_price,
+            request_price=self.request_price,
+            background_discount_percent=self.background_discount_percent,
+        )
 
     def is_repeat_of(self, stored: Price) -> bool:
         """Tells whether creating this again asks for what is stored, whenever that was made."""
@@ -206,6 +300,8 @@ class Slice:
         consumed: settled from it.
         state: see SliceState.
         is_leased: open, and the lease has not run out.
+        acquire_time: on the clock of leases; None for one that is not stored yet.
+        lease: what is left of it where a spend limit may end it early; None where none does.
     """
 
     slice_id: str
@@ -215,11 +311,30 @@ class Slice:
     consumed: int
     state: SliceState
     is_leased: bool
+    acquire_time: datetime | None = None
+    lease: timedelta | None = None
 
     @property
     def remaining(self) -> int:
         """What settlements can still take from it."""
         return self.granted - self.consumed if self.state.holds_money else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """A signed receipt, as a client got it or as it is kept.
+
+    Attributes:
+        content: serialized maas.common.v1.Receipt, exactly the bytes that are signed.
+        key_id: of the key that signed it.
+        signature: 64 bytes.
+        fault: why it was not kept; empty when it was. Whatever else is empty then.
+    """
+
+    content: bytes = b""
+    key_id: str = ""
+    signature: bytes = b""
+    fault: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,6 +350,9 @@ class Settlement:
         request_sha256: of what was asked for, 32 bytes; empty when it is not known.
         labels: the client's own.
         end_user: the client's own id of whom the request was for; empty when it said none.
+        engine_time_us: share of an engine's time that it took, microseconds.
+        is_background: it has the discount of requests in the background.
+        receipt: what the client got with its last frame; None when there was none.
     """
 
     generation_id: str
@@ -257,11 +375,28 @@ class Settlement:
     reasoning_tokens: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
     end_user: str = ""
+    engine_time_us: int = 0
+    is_background: bool = False
+    receipt: Receipt | None = None
+
+    @property
+    def counts(self) -> tuple[object, ...]:
+        """What a repeat may not contradict: who pays, at which price, for what."""
+        return (
+            self.account_id,
+            self.price_id,
+            self.input_tokens,
+            self.output_tokens,
+            self.cached_input_tokens,
+            self.reasoning_tokens,
+            self.end_cause.value,
+            self.is_background,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UsageRecord:
-    """One settled generation. Never changes.
+    """One settled generation. Never changes; what was refunded since stands beside it.
 
     Attributes:
         settlement: as the gateway told it.
@@ -269,6 +404,7 @@ class UsageRecord:
         amount: what the counts cost; zero when the end is not charged.
         shortfall: part of the amount that the account could not pay.
         settle_time: when it was settled.
+        refunded: sum of what was given back of the charge.
     """
 
     settlement: Settlement
@@ -276,6 +412,7 @@ class UsageRecord:
     amount: Nanos
     shortfall: Nanos
     settle_time: datetime
+    refunded: int = 0
 
     @property
     def charge(self) -> int:
@@ -307,11 +444,10 @@ def check_posting(posting: Posting, balance: Balance) -> None:
 
     Raises:
         InvalidArgument: the balance would leave 64 bits.
-        FailedPrecondition: INSUFFICIENT_CREDIT, it would fall below what is held and the floor.
+        FailedPrecondition: INSUFFICIENT_CREDIT, it would fall below what is held and the limit.
     """
-    if balance.posted + posting.amount > NANOS_MAX:
-        raise invalid_field("amount.nanos", FieldRule.OUT_OF_RANGE, "the balance would overflow")
-    if balance.available + posting.amount < 0:
+    check_room(balance, posting.amount, "amount.nanos")
+    if posting.amount < 0 and balance.available + posting.amount < 0:
         raise insufficient_credit(
             posting.account_id, required=-posting.amount, available=balance.available
         )
@@ -328,3 +464,18 @@ def grant_of(balance: Balance, *, required: int, wanted: int) -> int:
             balance.account_id, required=required, available=balance.available
         )
     return min(max(wanted, required), balance.available)
+
+
+def check_room(balance: Balance, amount: int, field: str) -> None:
+    """Refuses what would take the balance, with its credit limit, out of 64 bits.
+
+    Args:
+        balance: before.
+        amount: nanos that come to posted, or to the credit limit.
+        field: path of the amount.
+
+    Raises:
+        InvalidArgument: it would.
+    """
+    if balance.posted + balance.credit_limit + amount > NANOS_MAX:
+        raise invalid_field(field, FieldRule.OUT_OF_RANGE, "the balance would overflow")

@@ -16,11 +16,9 @@ from maas.billing.v1 import (
     account_service_pb2_grpc,
     credit_slice_service_pb2_grpc,
     price_service_pb2_grpc,
-    usage_service_pb2_grpc,
 )
 from maas.billing.v1 import credit_slice_service_pb2 as slice_pb
 from maas.billing.v1 import price_service_pb2 as price_pb
-from maas.billing.v1 import usage_service_pb2 as usage_pb
 from typing_extensions import override
 
 from libs import paging
@@ -30,9 +28,17 @@ from libs.errors import FieldRule, invalid_field, not_found
 from libs.limits import WATCH_BOOKMARK_S
 from libs.rpc import Hub, current_call
 from libs.rpc.feed import changes
-from services.billing import convert
+from services.billing import convert, grant_convert, price_convert
 from services.billing.domain import account_name
-from services.billing.store import AccountStore, PriceStore, SettlementStore, SliceStore
+from services.billing.store import (
+    AccountStore,
+    GrantStore,
+    PriceStore,
+    RefundStore,
+    SettlementStore,
+    SliceStore,
+    SliceWish,
+)
 
 if TYPE_CHECKING:
     from grpc.aio import ServicerContext
@@ -43,10 +49,21 @@ ALL_ACCOUNTS = "accounts/-"
 
 
 class AccountService(account_service_pb2_grpc.AccountServiceServicer):
-    """Accounts and the ledger: maas.billing.v1.AccountService."""
+    """Accounts and the ledger: maas.billing.v1.AccountService.
 
-    def __init__(self, store: AccountStore, clock: Clock) -> None:
+    Args:
+        store: where accounts are kept.
+        grants: where their grants are.
+        refunds: where charges are given back.
+        clock: time of records; grants expire on the clock of the database.
+    """
+
+    def __init__(
+        self, store: AccountStore, grants: GrantStore, refunds: RefundStore, clock: Clock
+    ) -> None:
         self._store = store
+        self._grants = grants
+        self._refunds = refunds
         self._clock = clock
 
     @override
@@ -84,6 +101,51 @@ class AccountService(account_service_pb2_grpc.AccountServiceServicer):
         posting = convert.posting_from_pb(request)
         entry = await self._store.post_entry(posting, self._clock.now())
         return account_pb.PostEntryResponse(entry=convert.entry_to_pb(entry))
+
+    @override
+    async def CreateGrant(
+        self, request: account_pb.CreateGrantRequest, _: Context
+    ) -> account_pb.CreateGrantResponse:
+        """Gives credit that may expire."""
+        now = self._clock.now()
+        grant = await self._grants.create_grant(grant_convert.grant_from_pb(request, now), now)
+        return account_pb.CreateGrantResponse(grant=grant_convert.grant_to_pb(grant))
+
+    @override
+    async def ListGrants(
+        self, request: account_pb.ListGrantsRequest, _: Context
+    ) -> account_pb.ListGrantsResponse:
+        """Lists the grants of an account in the order in which they are used up."""
+        page = paging.page_of(request.page_size, request.page_token)
+        account_id = reachable_account(request.parent, "parent")
+        found = await self._grants.list_grants(account_id, page, show_all=request.show_all)
+        keys = {grant.name: key for key, grant in found}
+        items, token = paging.cut(
+            [grant_convert.grant_to_pb(grant) for _, grant in found],
+            page,
+            lambda item: keys[item.name],
+        )
+        return account_pb.ListGrantsResponse(grants=items, next_page_token=token)
+
+    @override
+    async def SetCreditLimit(
+        self, request: account_pb.SetCreditLimitRequest, _: Context
+    ) -> account_pb.SetCreditLimitResponse:
+        """Says how far an account may go below zero."""
+        account = await self._store.set_credit_limit(
+            grant_convert.customer_id_of(request.account, "account"),
+            grant_convert.credit_limit_from_pb(request),
+        )
+        return account_pb.SetCreditLimitResponse(account=convert.account_to_pb(account))
+
+    @override
+    async def RefundUsage(
+        self, request: account_pb.RefundUsageRequest, _: Context
+    ) -> account_pb.RefundUsageResponse:
+        """Gives back what a generation cost, or a part of it."""
+        wish = grant_convert.refund_from_pb(request)
+        entry = await self._refunds.refund(wish, self._clock.now())
+        return account_pb.RefundUsageResponse(entry=convert.entry_to_pb(entry))
 
     @override
     async def GetBalance(
@@ -138,10 +200,10 @@ class PriceService(price_service_pb2_grpc.PriceServiceServicer):
         self, request: price_pb.CreatePriceRequest, _: Context
     ) -> price_pb.CreatePriceResponse:
         """Creates a price, which never changes afterwards."""
-        wanted = convert.price_from_pb(request.price_id, request.price, self._clock.now())
+        wanted = price_convert.price_from_pb(request.price_id, request.price, self._clock.now())
         price = await self._store.create_price(wanted)
         self._hub.poke()
-        return price_pb.CreatePriceResponse(price=convert.price_to_pb(price))
+        return price_pb.CreatePriceResponse(price=price_convert.price_to_pb(price, with_cost=True))
 
     @override
     async def GetPrice(
@@ -149,7 +211,9 @@ class PriceService(price_service_pb2_grpc.PriceServiceServicer):
     ) -> price_pb.GetPriceResponse:
         """Reads a price."""
         price = await self._store.get_price(convert.price_id_of(request.name, "name"))
-        return price_pb.GetPriceResponse(price=convert.price_to_pb(price))
+        return price_pb.GetPriceResponse(
+            price=price_convert.price_to_pb(price, with_cost=is_administrator())
+        )
 
     @override
     async def ListPrices(
@@ -161,7 +225,10 @@ class PriceService(price_service_pb2_grpc.PriceServiceServicer):
         if request.offering:
             offering_id = convert.offering_id_of(request.offering, "offering")
         prices = await self._store.list_prices(offering_id, page)
-        items, token = paging.cut_named([convert.price_to_pb(item) for item in prices], page)
+        with_cost = is_administrator()
+        items, token = paging.cut_named(
+            [price_convert.price_to_pb(item, with_cost=with_cost) for item in prices], page
+        )
         return price_pb.ListPricesResponse(prices=items, next_page_token=token)
 
     @override
@@ -173,35 +240,11 @@ class PriceService(price_service_pb2_grpc.PriceServiceServicer):
         async with aclosing(changes(self._hub, read_after, bookmark_s=self._bookmark_s)) as feed:
             async for item in feed:
                 yield price_pb.WatchPricesResponse(
-                    prices=[convert.price_to_pb(price) for price in item.items],
+                    prices=[
+                        price_convert.price_to_pb(price, with_cost=False) for price in item.items
+                    ],
                     snapshot_complete=item.completes_snapshot,
                 )
-
-
-class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
-    """What was used: maas.billing.v1.UsageService."""
-
-    def __init__(self, store: SettlementStore) -> None:
-        self._store = store
-
-    @override
-    async def ListUsageRecords(
-        self, request: usage_pb.ListUsageRecordsRequest, _: Context
-    ) -> usage_pb.ListUsageRecordsResponse:
-        """Lists usage records, oldest first."""
-        page = paging.page_of(request.page_size, request.page_token)
-        records = await self._store.list_records(
-            reachable_account(request.parent, "parent"),
-            page,
-            generation_id=convert.text_of(request.generation_id, "generation_id"),
-        )
-        numbers = {record.settlement.generation_id: record.number for record in records}
-        items, token = paging.cut(
-            [convert.record_to_pb(record) for record in records],
-            page,
-            lambda item: str(numbers[item.generation_id]),
-        )
-        return usage_pb.ListUsageRecordsResponse(usage_records=items, next_page_token=token)
 
 
 class CreditSliceService(credit_slice_service_pb2_grpc.CreditSliceServiceServicer):
@@ -228,16 +271,27 @@ class CreditSliceService(credit_slice_service_pb2_grpc.CreditSliceServiceService
         self, request: slice_pb.AcquireSliceRequest, _: Context
     ) -> slice_pb.AcquireSliceResponse:
         """Sets money aside for a gateway."""
-        acquired = await self._slices.acquire(
+        wish = SliceWish(
             slice_id=convert.text_of(request.slice_id, "slice_id"),
             account_id=convert.account_id_of(request.account, "account"),
             holder=convert.text_of(request.holder, "holder"),
             required=request.required_nanos,
             wanted=request.wanted_nanos,
+            project_id=(
+                convert.project_id_of(request.project, "project") if request.project else ""
+            ),
+            api_key_id=(
+                convert.ids_of(request.api_key, "apiKeys/*", "api_key")[0]
+                if request.api_key
+                else ""
+            ),
         )
-        return slice_pb.AcquireSliceResponse(
-            granted_nanos=acquired.granted, lease_duration=self._lease
-        )
+        acquired = await self._slices.acquire(wish, self._clock.now())
+        lease = self._lease
+        if acquired.lease is not None:
+            lease = Duration()
+            lease.FromTimedelta(acquired.lease)
+        return slice_pb.AcquireSliceResponse(granted_nanos=acquired.granted, lease_duration=lease)
 
     @override
     async def Settle(self, request: slice_pb.SettleRequest, _: Context) -> slice_pb.SettleResponse:

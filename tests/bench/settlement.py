@@ -31,7 +31,7 @@ from libs.errors import Unavailable
 from libs.postgres import cluster
 from libs.rpc import Peer
 from services.billing.domain import Account, EntryKind, Posting, Price
-from services.billing.store import AccountStore, PriceStore, SliceStore
+from services.billing.store import AccountStore, PriceStore, SliceStore, SliceWish
 from tests.bench.processes import children_of, cpu_s
 from tests.conftest import SERVICES as SCHEMAS
 from tests.conftest import PostgresCluster, leashed
@@ -61,6 +61,10 @@ gateway = "{state}/gateway.sha256"
 "maas.billing.v1.CreditSliceService/Settle" = ["gateway"]
 "maas.billing.v1.CreditSliceService/FindSettlement" = ["gateway"]
 "maas.billing.v1.CreditSliceService/CloseSlices" = ["gateway"]
+"maas.billing.v1.LimitService/WatchLimits" = ["gateway"]
+"maas.billing.v1.QuotaService/TakeQuota" = ["gateway"]
+"maas.billing.v1.QuotaService/GiveBackQuota" = ["gateway"]
+"maas.billing.v1.QuotaService/HoldPlaces" = ["gateway"]
 [auth]
 endpoint = "127.0.0.1:1"
 [postgres]
@@ -128,13 +132,14 @@ async def prepare(dsn: str) -> None:
                 description="",
             )
             await accounts.post_entry(posting, now)
-            await slices.acquire(
+            wish = SliceWish(
                 slice_id=f"slice-{index}",
                 account_id=name,
                 holder="bench",
                 required=CREDIT,
                 wanted=CREDIT,
             )
+            await slices.acquire(wish, now)
 
 
 def batch_of(run: str, start: int, accounts: int) -> slice_pb.SettleRequest:

@@ -7,10 +7,10 @@ from datetime import datetime
 
 import asyncpg
 
-from libs.errors import InvalidArgument, Reason, already_exists, not_found
+from libs.errors import FailedPrecondition, Reason, already_exists, not_found
 from libs.paging import Page
 from libs.postgres import Connection, Database
-from libs.units import CURRENCY
+from libs.units import CURRENCY, NANOS_MAX
 from services.billing.division import movement
 from services.billing.domain import (
     FUNDING,
@@ -20,22 +20,28 @@ from services.billing.domain import (
     Posting,
     account_name,
     check_posting,
+    check_room,
 )
+from services.billing.grants import grant_by_entry, grant_of_entry, request_id_reused
+from services.billing.store.grants import expire_due, give, with_expired
 from services.billing.store.ledger import (
+    BALANCE,
+    ENTRY,
     advance_head,
     balance_from_row,
-    change_balances,
+    change_posted,
     entry_from_row,
+    find_requested,
     insert_entries,
     lock_balances,
     lock_head,
     number_after,
 )
 
-_ACCOUNT = "SELECT account_id, display_name, create_time FROM account"
-_ENTRY = """
-    SELECT number, account_id, transaction_number, amount, kind, source, description, create_time
-      FROM ledger_entry
+_ACCOUNT = """
+    SELECT account_id, display_name, create_time, coalesce(credit_limit, 0) AS credit_limit
+      FROM account
+      LEFT JOIN balance USING (account_id)
 """
 
 
@@ -68,7 +74,10 @@ class AccountStore:
                 account.account_id,
             )
             stored = await _get_account(connection, account.account_id)
-        if dataclasses.replace(account, create_time=stored.create_time) != stored:
+        wanted = dataclasses.replace(
+            account, create_time=stored.create_time, credit_limit=stored.credit_limit
+        )
+        if wanted != stored:
             raise already_exists(account.name)
         return stored
 
@@ -95,21 +104,55 @@ class AccountStore:
 
         Raises:
             NotFound: there is none.
+            FailedPrecondition: WRONG_STATE, it is the ledger's own and does not fit 64 bits.
         """
         async with self._database.transaction() as connection:
             await _get_account(connection, account_id)
-            row = await connection.fetchrow(
-                "SELECT account_id, posted, held, floor FROM balance WHERE account_id = $1",
-                account_id,
-            )
+            row = await connection.fetchrow(f"{BALANCE} WHERE account_id = $1", account_id)
             if row is not None:
-                return balance_from_row(row)
+                return await with_expired(connection, balance_from_row(row))
             posted = await connection.fetchval(
-                "SELECT coalesce(sum(amount), 0)::bigint FROM ledger_entry WHERE account_id = $1",
+                "SELECT coalesce(sum(amount), 0) FROM ledger_entry WHERE account_id = $1",
                 account_id,
             )
-        # Nothing can be set aside there.
-        return Balance(account_id=account_id, posted=posted, held=0, floor=posted)
+        if abs(posted) > NANOS_MAX:
+            # Of customers each fits, but not the sum of all.
+            raise FailedPrecondition(
+                f"the balance of {account_name(account_id)} does not fit 64 bits",
+                reason=Reason.WRONG_STATE,
+                metadata={"resource": account_name(account_id), "state": "OUT_OF_RANGE"},
+            )
+        return Balance(account_id=account_id, posted=int(posted), held=0)
+
+    async def set_credit_limit(self, account_id: str, credit_limit: int) -> Account:
+        """Says how far an account may go below zero. Locks the balance.
+
+        What is used already may be more: then nothing is available until the account is above.
+
+        Args:
+            account_id: a customer's.
+            credit_limit: nanos, zero or more.
+
+        Raises:
+            NotFound: there is no such account.
+            InvalidArgument: the balance with its limit would leave 64 bits.
+        """
+        async with self._database.transaction() as connection:
+            balances = await lock_balances(connection, [account_id])
+            if account_id not in balances:
+                raise not_found(account_name(account_id))
+            balance = dataclasses.replace(balances[account_id], credit_limit=0)
+            check_room(balance, credit_limit, "credit_limit.nanos")
+            await connection.execute(
+                """
+                UPDATE balance
+                   SET credit_limit = $2, floor = least(-$2::bigint, posted - held)
+                 WHERE account_id = $1
+                """,
+                account_id,
+                credit_limit,
+            )
+            return await _get_account(connection, account_id)
 
     async def list_entries(self, account_id: str | None, page: Page) -> list[Entry]:
         """Reads `page.read_size` entries by number: of an account, or all with None.
@@ -121,13 +164,13 @@ class AccountStore:
         after = number_after(page)
         if account_id is None:
             rows = await self._database.fetch(
-                f"{_ENTRY} WHERE number > $1 ORDER BY number LIMIT $2", after, page.read_size
+                f"{ENTRY} WHERE number > $1 ORDER BY number LIMIT $2", after, page.read_size
             )
             return [entry_from_row(row) for row in rows]
         async with self._database.transaction() as connection:
             await _get_account(connection, account_id)
             rows = await connection.fetch(
-                f"{_ENTRY} WHERE account_id = $1 AND number > $2 ORDER BY number LIMIT $3",
+                f"{ENTRY} WHERE account_id = $1 AND number > $2 ORDER BY number LIMIT $3",
                 account_id,
                 after,
                 page.read_size,
@@ -138,7 +181,7 @@ class AccountStore:
         """Moves money between a customer's account and system-funding.
 
         Locks the head and the balance. Returns the entry on the account; the first one when the
-        request is a repeat.
+        request is a repeat. A positive one makes a grant that does not expire.
 
         Raises:
             NotFound: there is no such account.
@@ -150,21 +193,34 @@ class AccountStore:
             balances = await lock_balances(connection, [posting.account_id])
             if posting.account_id not in balances:
                 raise not_found(account_name(posting.account_id))
-            stored = await _find_posted(connection, posting)
+            stored = await find_requested(connection, posting.account_id, posting.request_id)
             if stored is not None:
+                # A grant of its own has an id where other entries have a request_id.
+                is_other = stored.grant_id not in {None, grant_of_entry(stored.number)}
+                if is_other or not posting.is_repeat_of(stored):
+                    raise request_id_reused(posting.request_id)
                 return stored
-            check_posting(posting, balances[posting.account_id])
+            head = await expire_due(connection, head, balances, now)
+            balance = balances[posting.account_id]
+            check_posting(posting, balance)
+            number = head.entry_count + 1
             entries = movement(
                 [(posting.account_id, posting.amount), (FUNDING, -posting.amount)],
-                number=head.entry_count + 1,
+                number=number,
                 kind=posting.kind,
                 source=posting.request_id,
                 description=posting.description,
                 now=now,
+                grant_id=grant_of_entry(number) if posting.amount > 0 else None,
             )
-            await insert_entries(connection, entries)
-            await change_balances(connection, posted={posting.account_id: posting.amount}, held={})
-            await advance_head(connection, entries=len(entries), records=0)
+            if posting.amount > 0:
+                await give(connection, balance, entries, grant_by_entry(entries[0]))
+            else:
+                await insert_entries(connection, entries)
+                await change_posted(
+                    connection, posted={posting.account_id: posting.amount}, held={}
+                )
+                await advance_head(connection, entries=len(entries), records=0)
         return entries[0]
 
 
@@ -175,33 +231,10 @@ async def _get_account(connection: Connection, account_id: str) -> Account:
     return _account_from_row(row)
 
 
-async def _find_posted(connection: Connection, posting: Posting) -> Entry | None:
-    row = await connection.fetchrow(
-        f"""
-        {_ENTRY}
-         WHERE account_id = $1
-           AND source = $2
-           AND kind <> 'usage'
-           AND account_id NOT LIKE 'system-%'
-        """,
-        posting.account_id,
-        posting.request_id,
-    )
-    if row is None:
-        return None
-    entry = entry_from_row(row)
-    if not posting.is_repeat_of(entry):
-        raise InvalidArgument(
-            "request_id: was used with other content",
-            reason=Reason.REQUEST_ID_REUSED,
-            metadata={"requestId": posting.request_id},
-        )
-    return entry
-
-
 def _account_from_row(row: asyncpg.Record) -> Account:
     return Account(
         account_id=row["account_id"],
         display_name=row["display_name"],
         create_time=row["create_time"],
+        credit_limit=row["credit_limit"],
     )

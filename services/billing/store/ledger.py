@@ -12,6 +12,17 @@ from services.billing.division import Head
 from services.billing.domain import Balance, Entry, EntryKind
 
 _NUMBER_DIGITS_MAX = 18
+# Whether a grant may have expired is told by the clock of the statement that locks.
+BALANCE = """
+    SELECT account_id, posted, held, credit_limit, has_spend_limits,
+           coalesce(next_expire_time <= (SELECT lease_now()), false) AS is_due
+      FROM balance
+"""
+ENTRY = """
+    SELECT number, account_id, transaction_number, amount, kind, source, description, create_time,
+           grant_id
+      FROM ledger_entry
+"""
 
 
 async def lock_head(connection: Connection) -> Head:
@@ -38,9 +49,8 @@ async def lock_balances(
 ) -> dict[str, Balance]:
     """Locks the balances of accounts and of the accounts of slices; those that there are."""
     rows = await connection.fetch(
-        """
-        SELECT account_id, posted, held, floor
-          FROM balance
+        f"""
+        {BALANCE}
          WHERE account_id IN (
                    SELECT unnest($1::text[])
                     UNION
@@ -48,29 +58,87 @@ async def lock_balances(
                )
          ORDER BY account_id
            FOR UPDATE
-        """,
+        """,  # noqa: S608 - made of constants
         list(account_ids),
         list(slice_ids),
     )
     return {row["account_id"]: balance_from_row(row) for row in rows}
 
 
-async def change_balances(
+async def change_held(connection: Connection, held: Mapping[str, int]) -> None:
+    """Adds to held of accounts, whose balances are locked."""
+    await connection.execute(
+        f"""
+        UPDATE balance
+           SET held = balance.held + change.held,
+               floor = {_floor("balance.posted - balance.held - change.held")}
+          FROM unnest($1::text[], $2::bigint[]) AS change (account_id, held)
+         WHERE balance.account_id = change.account_id
+        """,  # noqa: S608 - made of constants
+        list(held.keys()),
+        list(held.values()),
+    )
+
+
+async def change_posted(
     connection: Connection, *, posted: Mapping[str, int], held: Mapping[str, int]
 ) -> None:
-    """Adds to posted and held of accounts, whose balances are locked."""
+    """Adds to posted and held of accounts, whose balances are locked, and uses up their grants.
+
+    One statement for the whole batch: what the grants of an account have left beyond its posted is
+    taken from them in their order. A new grant has to be there before.
+    """
     account_ids = [*{**posted, **held}]
     await connection.execute(
-        """
-        UPDATE balance
-           SET posted = balance.posted + change.posted, held = balance.held + change.held
-          FROM unnest($1::text[], $2::bigint[], $3::bigint[]) AS change (account_id, posted, held)
-         WHERE balance.account_id = change.account_id
-        """,
+        f"""
+        WITH changed AS (
+            UPDATE balance
+               SET posted = balance.posted + change.posted,
+                   held = balance.held + change.held,
+                   floor = {_floor("balance.posted + change.posted - balance.held - change.held")}
+              FROM unnest($1::text[], $2::bigint[], $3::bigint[])
+                   AS change (account_id, posted, held)
+             WHERE balance.account_id = change.account_id
+            RETURNING balance.account_id, balance.posted
+        ), live AS MATERIALIZED (
+            SELECT account_id, grant_id, remaining, priority, expire_time, number
+              FROM credit_grant
+             WHERE is_live
+               AND account_id = ANY($1::text[])
+        ), ordered AS (
+            SELECT account_id, grant_id, posted,
+                   sum(remaining) OVER (PARTITION BY account_id) AS total,
+                   sum(remaining) OVER (
+                       PARTITION BY account_id
+                           ORDER BY priority, expire_time NULLS LAST, number
+                            ROWS UNBOUNDED PRECEDING
+                   ) - remaining AS before
+              FROM live
+              JOIN changed USING (account_id)
+        ), used AS (
+            SELECT account_id, grant_id, total - greatest(posted, 0) - before AS excess
+              FROM ordered
+             WHERE total - greatest(posted, 0) > before
+        )
+        UPDATE credit_grant
+           SET remaining = remaining - least(remaining, excess),
+               is_live = remaining > excess
+          FROM used
+         WHERE credit_grant.account_id = used.account_id
+           AND credit_grant.grant_id = used.grant_id
+        """,  # noqa: S608 - made of constants
         account_ids,
         [posted.get(account_id, 0) for account_id in account_ids],
         [held.get(account_id, 0) for account_id in account_ids],
     )
+
+
+def _floor(free: str) -> str:
+    """Writes the floor of a balance for what is posted and not held of it afterwards.
+
+    Where a credit limit was lowered below what is used, the floor comes up as the account does.
+    """
+    return f"least(-balance.credit_limit, greatest(balance.floor, {free}))"
 
 
 async def insert_entries(connection: Connection, entries: Sequence[Entry]) -> None:
@@ -78,12 +146,13 @@ async def insert_entries(connection: Connection, entries: Sequence[Entry]) -> No
     await connection.execute(
         """
         INSERT INTO ledger_entry (
-            number, account_id, transaction_number, amount, kind, source, description, create_time
+            number, account_id, transaction_number, amount, kind, source, description,
+            create_time, grant_id
         )
         SELECT *
           FROM unnest(
                    $1::bigint[], $2::text[], $3::bigint[], $4::bigint[], $5::text[], $6::text[],
-                   $7::text[], $8::timestamptz[]
+                   $7::text[], $8::timestamptz[], $9::text[]
                )
         """,
         [entry.number for entry in entries],
@@ -94,13 +163,35 @@ async def insert_entries(connection: Connection, entries: Sequence[Entry]) -> No
         [entry.source for entry in entries],
         [entry.description for entry in entries],
         [entry.create_time for entry in entries],
+        [entry.grant_id for entry in entries],
     )
+
+
+async def find_requested(connection: Connection, account_id: str, request_id: str) -> Entry | None:
+    """Reads the entry on an account that a request_id or the id of a grant posted, if any."""
+    row = await connection.fetchrow(
+        f"""
+        {ENTRY}
+         WHERE account_id = $1
+           AND source = $2
+           AND kind NOT IN ('usage', 'expiry')
+           AND account_id NOT LIKE 'system-%'
+        """,
+        account_id,
+        request_id,
+    )
+    return None if row is None else entry_from_row(row)
 
 
 def balance_from_row(row: asyncpg.Record) -> Balance:
     """Reads a balance."""
     return Balance(
-        account_id=row["account_id"], posted=row["posted"], held=row["held"], floor=row["floor"]
+        account_id=row["account_id"],
+        posted=row["posted"],
+        held=row["held"],
+        credit_limit=row["credit_limit"],
+        is_due=row["is_due"],
+        has_spend_limits=row["has_spend_limits"],
     )
 
 
@@ -115,6 +206,7 @@ def entry_from_row(row: asyncpg.Record) -> Entry:
         source=row["source"],
         description=row["description"],
         create_time=row["create_time"],
+        grant_id=row["grant_id"],
     )
 
 

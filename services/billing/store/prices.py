@@ -10,7 +10,8 @@ from libs.postgres import Connection, Database
 from services.billing.domain import Price
 
 _PRICE = """
-    SELECT price_id, offering_id, input_price, output_price, cached_input_price, effective_time,
+    SELECT price_id, offering_id, input_price, output_price, cached_input_price, reasoning_price,
+           request_price, background_discount_percent, engine_second_cost, effective_time,
            create_time, revision
       FROM price
 """
@@ -35,9 +36,10 @@ class PriceStore:
                 WITH next AS (UPDATE price_revision SET value = value + 1 RETURNING value)
                 INSERT INTO price (
                     price_id, offering_id, input_price, output_price, cached_input_price,
-                    effective_time, create_time, revision
+                    reasoning_price, request_price, background_discount_percent,
+                    engine_second_cost, effective_time, create_time, revision
                 )
-                SELECT $1, $2, $3, $4, $5, $6, $7, value FROM next
+                SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, value FROM next
                 ON CONFLICT DO NOTHING
                 """,
                 price.price_id,
@@ -45,6 +47,10 @@ class PriceStore:
                 price.input_price,
                 price.output_price,
                 price.cached_input_price,
+                price.reasoning_price,
+                price.request_price,
+                price.background_discount_percent,
+                price.engine_second_cost,
                 price.effective_time,
                 price.create_time,
             )
@@ -114,6 +120,10 @@ def price_from_row(row: asyncpg.Record) -> Price:
         input_price=row["input_price"],
         output_price=row["output_price"],
         cached_input_price=row["cached_input_price"],
+        reasoning_price=row["reasoning_price"],
+        request_price=row["request_price"],
+        background_discount_percent=row["background_discount_percent"],
+        engine_second_cost=row["engine_second_cost"],
         effective_time=row["effective_time"],
         create_time=row["create_time"],
         revision=row["revision"],

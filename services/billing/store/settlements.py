@@ -8,11 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-import asyncpg
 import structlog
 
-from libs.errors import FieldRule, InvalidArgument, Violation, not_found
-from libs.paging import Page
+from libs import failpoints
+from libs.errors import FieldRule, InvalidArgument, Violation
 from libs.postgres import Connection, Database
 from libs.units import Nanos
 from services.billing import metrics
@@ -26,28 +25,30 @@ from services.billing.domain import (
 )
 from services.billing.store.ledger import (
     advance_head,
-    change_balances,
+    change_posted,
     insert_entries,
     lock_balances,
     lock_head,
-    number_after,
 )
 from services.billing.store.prices import find_prices
-from services.billing.store.slices import consume, read_slices, renew
+from services.billing.store.receipts import CheckReceipts, insert_receipts, keep_nothing
+from services.billing.store.records import RECORD, record_from_row
+from services.billing.store.slices import read_slices, renew
+from services.billing.store.spend import NoSpendWindows, SpendWindows
 
 log = structlog.get_logger(__name__)
 
 _VIOLATIONS_MAX = 16
-_RECORD = """
-    SELECT generation_id, account_id, number, credit_slice_id, project_id, api_key_id, offering_id,
-           model_id, version_id, price_id, input_tokens, output_tokens, amount, shortfall,
-           end_cause, start_time, end_time, settle_time, request_id, request_sha256,
-           cached_input_tokens, reasoning_tokens, labels, end_user
+# What a repeat may not contradict; as Settlement.counts.
+_COUNTS = """
+    SELECT generation_id, account_id, price_id, input_tokens, output_tokens, cached_input_tokens,
+           reasoning_tokens, end_cause, is_background
       FROM usage_record
+     WHERE generation_id = ANY($1::text[])
 """
 # Says what the partial index says, or the planner could not use it for a request_id to come.
 FIND_CHARGED = f"""
-    {_RECORD}
+    {RECORD}
      WHERE project_id = $1
        AND request_id = $2
        AND request_id <> ''
@@ -74,8 +75,17 @@ class Settled:
 class SettlementStore:
     """Settlements. Every method may be repeated; all raise Unavailable."""
 
-    def __init__(self, database: Database, *, lease_s: float) -> None:
+    def __init__(
+        self,
+        database: Database,
+        *,
+        lease_s: float,
+        check_receipts: CheckReceipts = keep_nothing,
+        spend: SpendWindows | None = None,
+    ) -> None:
         self._database = database
+        self._spend = spend or NoSpendWindows()
+        self._check_receipts = check_receipts
         self._lease = timedelta(seconds=lease_s)
         # Batches wait for the head of the ledger anyway. Waiting here costs no connection, so
         # that slices can be acquired meanwhile.
@@ -99,13 +109,18 @@ class SettlementStore:
         """
         named = {*slice_ids, *(item.slice_id for item in settlements)}
         amounts = await self._price(settlements)
+        receipts = await self._check_receipts(settlements, amounts)
         division = Division()
         async with self._turn, self._database.transaction() as connection:
             if settlements:
                 division = await self._settle_new(connection, settlements, amounts, named, now)
+                await insert_receipts(connection, division.records, receipts)
+                failpoints.hit(failpoints.Point.SETTLE_WRITTEN)
             else:
                 await lock_balances(connection, [], named)
-            leased = await renew(connection, named, self._lease)
+            leased = await renew(connection, named, self._lease, division.consumed)
+        if settlements:
+            failpoints.hit(failpoints.Point.SETTLE_COMMITTED)
         _report(settlements, division)
         return Settled(new_count=len(division.records), lost_slice_ids=sorted(named - leased))
 
@@ -117,7 +132,8 @@ class SettlementStore:
             if item.price_id not in prices
         ]
         _refuse(unknown)
-        return [amount_of(item, prices[item.price_id]) for item in settlements]
+        rates = {price_id: price.rates for price_id, price in prices.items()}
+        return [amount_of(item, rates[item.price_id]) for item in settlements]
 
     async def _settle_new(
         self,
@@ -130,20 +146,42 @@ class SettlementStore:
         head = await lock_head(connection)
         # Whoever settles holds the head, so what is not there now stays away until the commit;
         # the primary key would refuse it all the same.
-        settled = await _settled_ids(connection, [item.generation_id for item in settlements])
+        counts = await _read_counts(connection, [item.generation_id for item in settlements])
         balances = await lock_balances(
             connection, {item.account_id for item in settlements}, slice_ids
         )
         _check_accounts(settlements, balances)
         new: list[tuple[Settlement, Nanos]] = []
+        contradicting: list[Settlement] = []
         for item, amount in zip(settlements, amounts, strict=True):
-            if item.generation_id not in settled:
-                settled.add(item.generation_id)
+            first = counts.get(item.generation_id)
+            if first is None:
+                counts[item.generation_id] = item.counts
                 new.append((item, amount))
+            elif first != item.counts:
+                contradicting.append(item)
         slices = await read_slices(connection, {item.slice_id for item, _ in new})
         division = divide(new, balances=balances, slices=slices, head=head, now=now)
+        division.contradicting = contradicting
         await _write(connection, division)
+        limited = {name for name, item in balances.items() if item.has_spend_limits}
+        if limited:
+            await self._tell_limits(connection, division, limited)
         return division
+
+    async def _tell_limits(
+        self, connection: Connection, division: Division, limited: Collection[str]
+    ) -> None:
+        """Tells spend limits what was charged to accounts that have some."""
+        records = [item for item in division.records if item.settlement.account_id in limited]
+        slice_ids = {item.settlement.slice_id for item in records}
+        consumed = {
+            slice_id: taken
+            for slice_id, taken in division.consumed.items()
+            if slice_id in slice_ids
+        }
+        if records:
+            await self._spend.settle(connection, records, consumed)
 
     async def find_charged(self, project_id: str, request_id: str) -> UsageRecord | None:
         """Reads the first record of a request that was charged; None when there is none.
@@ -153,42 +191,7 @@ class SettlementStore:
             request_id: the idempotency key, not empty.
         """
         row = await self._database.fetch_row(FIND_CHARGED, project_id, request_id, _CHARGED)
-        return None if row is None else _record_from_row(row)
-
-    async def list_records(
-        self, account_id: str, page: Page, *, generation_id: str
-    ) -> list[UsageRecord]:
-        """Reads `page.read_size` records of an account by number.
-
-        Args:
-            account_id: whose.
-            page: which.
-            generation_id: only the record of this generation, when not empty.
-
-        Raises:
-            NotFound: there is no such account.
-            InvalidArgument: BAD_PAGE_TOKEN.
-        """
-        after = number_after(page)
-        async with self._database.transaction() as connection:
-            if not await connection.fetchval(
-                "SELECT EXISTS (SELECT FROM account WHERE account_id = $1)", account_id
-            ):
-                raise not_found(account_name(account_id))
-            if generation_id:
-                rows = await connection.fetch(
-                    f"{_RECORD} WHERE account_id = $1 AND generation_id = $2",
-                    account_id,
-                    generation_id,
-                )
-            else:
-                rows = await connection.fetch(
-                    f"{_RECORD} WHERE account_id = $1 AND number > $2 ORDER BY number LIMIT $3",
-                    account_id,
-                    after,
-                    page.read_size,
-                )
-        return [_record_from_row(row) for row in rows]
+        return None if row is None else record_from_row(row)
 
 
 def _refuse(bad: list[tuple[int, str, str]]) -> None:
@@ -217,12 +220,12 @@ def _check_accounts(settlements: Sequence[Settlement], balances: dict[str, Balan
     )
 
 
-async def _settled_ids(connection: Connection, generation_ids: list[str]) -> set[str]:
-    rows = await connection.fetch(
-        "SELECT generation_id FROM usage_record WHERE generation_id = ANY($1::text[])",
-        generation_ids,
-    )
-    return {row["generation_id"] for row in rows}
+async def _read_counts(
+    connection: Connection, generation_ids: list[str]
+) -> dict[str, tuple[object, ...]]:
+    """Reads what was settled before, as `Settlement.counts`, by generation."""
+    rows = await connection.fetch(_COUNTS, generation_ids)
+    return {row["generation_id"]: tuple(row.values())[1:] for row in rows}
 
 
 async def _write(connection: Connection, division: Division) -> None:
@@ -231,8 +234,7 @@ async def _write(connection: Connection, division: Division) -> None:
     await _insert_records(connection, division.records)
     if division.entries:
         await insert_entries(connection, division.entries)
-        await consume(connection, division.consumed)
-        await change_balances(
+        await change_posted(
             connection,
             posted={account_id: -taken for account_id, taken in division.posted_taken.items()},
             held={account_id: -taken for account_id, taken in division.held_taken.items()},
@@ -248,7 +250,7 @@ async def _insert_records(connection: Connection, records: Sequence[UsageRecord]
             generation_id, account_id, number, credit_slice_id, project_id, api_key_id,
             offering_id, model_id, version_id, price_id, input_tokens, output_tokens, amount,
             shortfall, end_cause, start_time, end_time, settle_time, request_id, request_sha256,
-            cached_input_tokens, reasoning_tokens, labels, end_user
+            cached_input_tokens, reasoning_tokens, labels, end_user, engine_time_us, is_background
         )
         SELECT *
           FROM unnest(
@@ -256,7 +258,7 @@ async def _insert_records(connection: Connection, records: Sequence[UsageRecord]
                    $7::text[], $8::text[], $9::text[], $10::text[], $11::bigint[], $12::bigint[],
                    $13::bigint[], $14::bigint[], $15::smallint[], $16::timestamptz[],
                    $17::timestamptz[], $18::timestamptz[], $19::text[], $20::bytea[], $21::bigint[],
-                   $22::bigint[], $23::jsonb[], $24::text[]
+                   $22::bigint[], $23::jsonb[], $24::text[], $25::bigint[], $26::boolean[]
                )
         """,
         [item.generation_id for item in told],
@@ -283,6 +285,8 @@ async def _insert_records(connection: Connection, records: Sequence[UsageRecord]
         [item.reasoning_tokens for item in told],
         [_labels_text(item.labels) for item in told],
         [item.end_user for item in told],
+        [item.engine_time_us for item in told],
+        [item.is_background for item in told],
     )
 
 
@@ -305,34 +309,11 @@ def _report(settlements: Sequence[Settlement], division: Division) -> None:
             amount_nanos=record.amount,
             shortfall_nanos=record.shortfall,
         )
-
-
-def _record_from_row(row: asyncpg.Record) -> UsageRecord:
-    return UsageRecord(
-        settlement=Settlement(
-            generation_id=row["generation_id"],
-            slice_id=row["credit_slice_id"],
-            account_id=row["account_id"],
-            project_id=row["project_id"],
-            api_key_id=row["api_key_id"],
-            offering_id=row["offering_id"],
-            model_id=row["model_id"],
-            version_id=row["version_id"],
-            price_id=row["price_id"],
-            input_tokens=row["input_tokens"],
-            output_tokens=row["output_tokens"],
-            end_cause=EndCause(row["end_cause"]),
-            start_time=row["start_time"],
-            end_time=row["end_time"],
-            request_id=row["request_id"],
-            request_sha256=row["request_sha256"],
-            cached_input_tokens=row["cached_input_tokens"],
-            reasoning_tokens=row["reasoning_tokens"],
-            labels=json.loads(row["labels"]),
-            end_user=row["end_user"],
-        ),
-        number=row["number"],
-        amount=row["amount"],
-        shortfall=row["shortfall"],
-        settle_time=row["settle_time"],
-    )
+    for item in division.contradicting:
+        metrics.SETTLEMENTS_CONTRADICTED.inc()
+        log.warning(
+            "settled again with other counts",
+            generation_id=item.generation_id,
+            slice=item.slice_id,
+            account=account_name(item.account_id),
+        )

@@ -2,73 +2,161 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Collection, Iterable
-from datetime import timedelta
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 import asyncpg
 import structlog
 
+from libs import failpoints
 from libs.errors import FailedPrecondition, Reason, already_exists
+from libs.ids import time_of_ulid
 from libs.postgres import Connection, Database
 from services.billing import metrics
-from services.billing.domain import Slice, SliceState, grant_of, insufficient_credit
-from services.billing.store.ledger import change_balances, lock_balances
+from services.billing.domain import Balance, Slice, SliceState, grant_of, insufficient_credit
+from services.billing.store.grants import expire_due
+from services.billing.store.ledger import change_held, lock_balances, lock_head
+from services.billing.store.spend import NoSpendWindows, SpendWindows, SpendWish
 
 log = structlog.get_logger(__name__)
 
 # Of one transaction of the sweeper: it shall not hold many balances for long.
 SWEEP_SIZE = 500
+# An account that is always settled is always locked; so long after it was due, it is waited for.
+STARVED = timedelta(seconds=30)
+RETENTION_S = 86400.0
+_ULID_LENGTH = 26
+NOTHING: Mapping[str, int] = {}
 
 _SLICE = """
-    SELECT credit_slice_id, account_id, holder, granted, consumed, state,
+    SELECT credit_slice_id, account_id, holder, granted, consumed, state, acquire_time,
            state = 'open' AND expire_time > (SELECT lease_now()) AS is_leased
       FROM credit_slice
 """
 
 
-class SliceStore:
-    """Credit slices. Every method may be repeated; all raise Unavailable."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SliceWish:
+    """Money that a gateway wants to spend.
 
-    def __init__(self, database: Database, *, lease_s: float, grace_s: float) -> None:
+    Attributes:
+        slice_id: made by the gateway.
+        account_id: whose money.
+        holder: the gateway's instance.
+        required: nanos, the least that are of use.
+        wanted: nanos.
+        project_id: who alone may spend it; empty for the whole account.
+        api_key_id: the key that alone may spend it; empty for all.
+    """
+
+    slice_id: str
+    account_id: str
+    holder: str
+    required: int
+    wanted: int
+    project_id: str = ""
+    api_key_id: str = ""
+
+
+class SliceStore:
+    """Credit slices. Every method may be repeated; all raise Unavailable.
+
+    Args:
+        database: where they are.
+        lease_s: how long a slice may be spent from.
+        grace_s: how long the money of an expired slice stays held.
+        retention_s: how long ended slices are kept. No older id is ever given money, so what was
+            closed stays closed when its row is gone.
+        spend: spend limits, that are told of what slices hold.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        lease_s: float,
+        grace_s: float,
+        retention_s: float = RETENTION_S,
+        spend: SpendWindows | None = None,
+    ) -> None:
         self._database = database
         self._lease = timedelta(seconds=lease_s)
         self._grace = timedelta(seconds=grace_s)
+        self._retention = timedelta(seconds=retention_s)
+        self._spend = spend or NoSpendWindows()
 
-    async def acquire(
-        self, *, slice_id: str, account_id: str, holder: str, required: int, wanted: int
-    ) -> Slice:
+    async def acquire(self, wish: SliceWish, now: datetime) -> Slice:
         """Sets money aside. Locks the balance. A repeat renews the lease and returns the slice.
+
+        Where a grant has expired, it is taken back first, for which the head is locked, too.
+
+        Args:
+            wish: what is wanted.
+            now: time of entries.
 
         Raises:
             FailedPrecondition: INSUFFICIENT_CREDIT, also when there is no such account; or
                 SLICE_NOT_OPEN, the slice was closed before or its lease has run out.
             AlreadyExists: the id belongs to another account or holder.
+            MaasError: SPEND_LIMIT_REACHED.
         """
         async with self._database.transaction() as connection:
-            balances = await lock_balances(connection, [account_id])
-            found = (await read_slices(connection, [slice_id])).get(slice_id)
-            if found is not None:
-                _check_repeat(found, account_id=account_id, holder=holder)
-                await renew(connection, [slice_id], self._lease)
+            balances = await lock_balances(connection, [wish.account_id])
+            balance = balances.get(wish.account_id)
+            if balance is None or not balance.is_due:
+                return await self._acquire(connection, wish, balance)
+        async with self._database.transaction() as connection:
+            head = await lock_head(connection)
+            balances = await lock_balances(connection, [wish.account_id])
+            await expire_due(connection, head, balances, now)
+            return await self._acquire(connection, wish, balances.get(wish.account_id))
+
+    async def _acquire(
+        self, connection: Connection, wish: SliceWish, balance: Balance | None
+    ) -> Slice:
+        found = (await read_slices(connection, [wish.slice_id])).get(wish.slice_id)
+        if found is not None:
+            _check_repeat(found, account_id=wish.account_id, holder=wish.holder)
+            await renew(connection, [wish.slice_id], self._lease)
+            if balance is None or not balance.has_spend_limits:
                 return found
-            if account_id not in balances:
-                raise insufficient_credit(account_id, required=required, available=0)
-            granted = grant_of(balances[account_id], required=required, wanted=wanted)
-            fresh = Slice(
-                slice_id=slice_id,
-                account_id=account_id,
-                holder=holder,
-                granted=granted,
-                consumed=0,
-                state=SliceState.OPEN,
-                is_leased=True,
-            )
-            if not await _insert(connection, [fresh], self._lease):
-                # It was closed in this very moment.
-                raise _not_open(slice_id, SliceState.CLOSED)
-            await change_balances(connection, posted={}, held={account_id: granted})
+            return await _grant(connection, found, found.granted)
+        if balance is None:
+            raise insufficient_credit(wish.account_id, required=wish.required, available=0)
+        fresh = Slice(
+            slice_id=wish.slice_id,
+            account_id=wish.account_id,
+            holder=wish.holder,
+            granted=grant_of(balance, required=wish.required, wanted=wish.wanted),
+            consumed=0,
+            state=SliceState.OPEN,
+            is_leased=True,
+        )
+        if not await _insert(connection, [fresh], self._lease, newer_than=self._retention):
+            # It was closed in this very moment, or so long ago that nobody knows.
+            raise _not_open(wish.slice_id, SliceState.CLOSED)
+        if balance.has_spend_limits:
+            fresh = await self._limit(connection, wish, fresh)
+        await change_held(connection, {wish.account_id: fresh.granted})
+        failpoints.hit(failpoints.Point.GRANT_WRITTEN)
         return fresh
+
+    async def _limit(self, connection: Connection, wish: SliceWish, fresh: Slice) -> Slice:
+        granted = await self._spend.hold(
+            connection,
+            SpendWish(
+                slice_id=wish.slice_id,
+                account_id=wish.account_id,
+                project_id=wish.project_id,
+                api_key_id=wish.api_key_id,
+                required=wish.required,
+                nanos=fresh.granted,
+            ),
+        )
+        return await _grant(connection, fresh, granted)
 
     async def close(self, slice_ids: Iterable[str], *, holder: str) -> None:
         """Gives the rest of slices back. Locks their accounts' balances.
@@ -86,39 +174,132 @@ class SliceStore:
             slices = await read_slices(connection, slice_ids)
             holding = [item for item in slices.values() if item.state.holds_money]
             locked = [item for item in holding if item.account_id in balances]
-            await _end(connection, locked, SliceState.CLOSED)
+            limited = {name for name, item in balances.items() if item.has_spend_limits}
+            await self._end(connection, locked, SliceState.CLOSED, limited)
             marks = [_mark(slice_id, holder) for slice_id in sorted(slice_ids - slices.keys())]
             marked = await _insert(connection, marks, timedelta())
+            failpoints.hit(failpoints.Point.CLOSE_WRITTEN)
+        failpoints.hit(failpoints.Point.CLOSE_COMMITTED)
         overtaken = {mark.slice_id for mark in marks} - marked
         return overtaken | {item.slice_id for item in holding} - {item.slice_id for item in locked}
 
     async def sweep(self) -> None:
         """Marks slices whose lease has run out, and frees what is left of them after the grace.
 
-        Locks balances that nobody else has locked; the others come with the next sweep.
+        Locks balances that nobody else has locked, then those that were due for long already.
         """
-        while await self._expire() >= SWEEP_SIZE:
-            pass
-        while await self._reclaim() >= SWEEP_SIZE:
-            pass
+        for patience in (None, STARVED):
+            while await self._expire(patience) >= SWEEP_SIZE:
+                pass
+            while await self._reclaim(patience) >= SWEEP_SIZE:
+                pass
 
-    async def _expire(self) -> int:
+    async def _expire(self, patience: timedelta | None) -> int:
         async with self._database.transaction() as connection:
-            due = await _lock_due(connection, SliceState.OPEN, timedelta())
-            await _end(connection, due, SliceState.EXPIRED)
+            due, limited = await _lock_due(connection, SliceState.OPEN, timedelta(), patience)
+            await self._end(connection, due, SliceState.EXPIRED, limited)
         for item in due:
             log.warning("slice expired", slice=item.slice_id, holder=item.holder)
         metrics.SLICES_EXPIRED.inc(len(due))
         return len(due)
 
-    async def _reclaim(self) -> int:
+    async def _reclaim(self, patience: timedelta | None) -> int:
         async with self._database.transaction() as connection:
-            due = await _lock_due(connection, SliceState.EXPIRED, self._grace)
-            await _end(connection, due, SliceState.RECLAIMED)
+            due, limited = await _lock_due(connection, SliceState.EXPIRED, self._grace, patience)
+            await self._end(connection, due, SliceState.RECLAIMED, limited)
         for item in due:
             log.warning("slice reclaimed", slice=item.slice_id, freed_nanos=item.remaining)
         metrics.SLICES_RECLAIMED.inc(len(due))
         return len(due)
+
+    async def prune(self) -> None:
+        """Deletes slices that ended longer ago than the retention, and whose ids are that old.
+
+        Those whose ids have no time are kept for ever: nothing else would refuse them.
+        """
+        while await self._prune() >= SWEEP_SIZE:
+            pass
+
+    async def _prune(self) -> int:
+        async with self._database.transaction() as connection:
+            rows = await connection.fetch(
+                """
+                SELECT credit_slice_id, (SELECT lease_now()) - $1::interval AS oldest
+                  FROM credit_slice
+                 WHERE end_time <= (SELECT lease_now()) - $1::interval
+                 ORDER BY end_time
+                 LIMIT $2
+                """,
+                self._retention,
+                SWEEP_SIZE,
+            )
+            slice_ids = [row["credit_slice_id"] for row in rows]
+            pruned = await connection.fetch(
+                """
+                DELETE FROM credit_slice
+                 USING unnest($1::text[], $2::timestamptz[]) AS old (credit_slice_id, make_time)
+                 WHERE credit_slice.credit_slice_id = old.credit_slice_id
+                   AND old.make_time <= $3
+                   AND credit_slice.end_time IS NOT NULL
+                RETURNING 1
+                """,
+                slice_ids,
+                [_make_time(slice_id) for slice_id in slice_ids],
+                rows[0]["oldest"] if rows else None,
+            )
+            # What stays is looked at again when its id is old enough, or never.
+            await connection.execute(
+                """
+                UPDATE credit_slice
+                   SET end_time = old.make_time
+                  FROM unnest($1::text[], $2::timestamptz[]) AS old (credit_slice_id, make_time)
+                 WHERE credit_slice.credit_slice_id = old.credit_slice_id
+                """,
+                slice_ids,
+                [_make_time(slice_id) for slice_id in slice_ids],
+            )
+        metrics.SLICES_PRUNED.inc(len(pruned))
+        return len(rows)
+
+    async def _end(
+        self,
+        connection: Connection,
+        slices: list[Slice],
+        state: SliceState,
+        limited: Collection[str],
+    ) -> None:
+        """Changes the state of slices whose balances are locked, freeing what no longer is held.
+
+        Args:
+            connection: of the transaction.
+            slices: which.
+            state: that they have afterwards.
+            limited: accounts with spend limits.
+        """
+        if not slices:
+            return
+        await connection.execute(
+            """
+            UPDATE credit_slice
+               SET state = $2, end_time = CASE WHEN $3 THEN NULL ELSE (SELECT lease_now()) END
+             WHERE credit_slice_id = ANY($1::text[])
+            """,
+            [item.slice_id for item in slices],
+            state.value,
+            state.holds_money,
+        )
+        if state.holds_money:
+            return
+        freed: Counter[str] = Counter()
+        of_limits: dict[str, int] = {}
+        for item in slices:
+            assert item.account_id is not None
+            freed[item.account_id] -= item.remaining
+            if item.account_id in limited:
+                of_limits[item.slice_id] = item.remaining
+        await change_held(connection, freed)
+        if of_limits:
+            await self._spend.release(connection, of_limits)
 
 
 async def read_slices(connection: Connection, slice_ids: Collection[str]) -> dict[str, Slice]:
@@ -129,46 +310,82 @@ async def read_slices(connection: Connection, slice_ids: Collection[str]) -> dic
     return {row["credit_slice_id"]: _slice_from_row(row) for row in rows}
 
 
-async def renew(connection: Connection, slice_ids: Collection[str], lease: timedelta) -> set[str]:
-    """Prolongs the leases of slices whose balances are locked; returns those that still run."""
+async def renew(
+    connection: Connection,
+    slice_ids: Collection[str],
+    lease: timedelta,
+    consumed: Mapping[str, int] = NOTHING,
+) -> set[str]:
+    """Prolongs the leases of slices whose balances are locked; returns those that still run.
+
+    Takes from them by the same statement. Of windows that have ended, too: what runs stays held.
+
+    Args:
+        connection: of the transaction.
+        slice_ids: which.
+        lease: how long they may be spent from.
+        consumed: what is taken from some of them.
+    """
     rows = await connection.fetch(
         """
         UPDATE credit_slice
-           SET expire_time = (SELECT lease_now()) + $2
-         WHERE credit_slice_id = ANY($1::text[])
-           AND state = 'open'
-           AND expire_time > (SELECT lease_now())
-        RETURNING credit_slice_id
+           SET consumed = consumed + change.amount,
+               expire_time = CASE WHEN state = 'open' AND expire_time > (SELECT lease_now())
+                                  THEN (SELECT lease_now()) + $3 ELSE expire_time END
+          FROM unnest($1::text[], $2::bigint[]) AS change (slice_id, amount)
+         WHERE credit_slice_id = change.slice_id
+           AND (amount > 0 OR state = 'open' AND expire_time > (SELECT lease_now()))
+        RETURNING slice_id, state = 'open' AND expire_time > (SELECT lease_now()) AS is_leased
         """,
         list(slice_ids),
+        [consumed.get(slice_id, 0) for slice_id in slice_ids],
         lease,
     )
-    return {row["credit_slice_id"] for row in rows}
+    return {row["slice_id"] for row in rows if row["is_leased"]}
 
 
-async def consume(connection: Connection, amounts: dict[str, int]) -> None:
-    """Takes from slices whose balances are locked."""
-    await connection.execute(
+async def _grant(connection: Connection, item: Slice, granted: int) -> Slice:
+    """Says what a slice holds; returns it with how long it may be spent from."""
+    lease = await connection.fetchval(
         """
         UPDATE credit_slice
-           SET consumed = consumed + change.amount
-          FROM unnest($1::text[], $2::bigint[]) AS change (credit_slice_id, amount)
-         WHERE credit_slice.credit_slice_id = change.credit_slice_id
+           SET granted = $2
+         WHERE credit_slice_id = $1
+        RETURNING greatest(least(expire_time, window_end_time) - lease_now(), interval '0')
         """,
-        list(amounts.keys()),
-        list(amounts.values()),
+        item.slice_id,
+        granted,
     )
+    return dataclasses.replace(item, granted=granted, lease=lease)
 
 
-async def _insert(connection: Connection, slices: list[Slice], lease: timedelta) -> set[str]:
-    """Inserts slices in order; returns the ids that were not there."""
+async def _insert(
+    connection: Connection,
+    slices: list[Slice],
+    lease: timedelta,
+    *,
+    newer_than: timedelta | None = None,
+) -> set[str]:
+    """Inserts slices in order; returns the ids that were not there.
+
+    Args:
+        connection: of the transaction.
+        slices: which.
+        lease: how long they may be spent from.
+        newer_than: how old an id may be, where that matters.
+    """
     rows = await connection.fetch(
         """
         INSERT INTO credit_slice (
-            credit_slice_id, account_id, holder, granted, state, expire_time
+            credit_slice_id, account_id, holder, granted, state, expire_time, end_time
         )
-        SELECT fresh.*, (SELECT lease_now()) + $6
-          FROM unnest($1::text[], $2::text[], $3::text[], $4::bigint[], $5::text[]) AS fresh
+        SELECT credit_slice_id, account_id, holder, granted, state, clock.now + $6,
+               CASE WHEN state = 'closed' THEN clock.now END
+          FROM unnest(
+                   $1::text[], $2::text[], $3::text[], $4::bigint[], $5::text[], $7::timestamptz[]
+               ) AS fresh (credit_slice_id, account_id, holder, granted, state, make_time)
+         CROSS JOIN (SELECT lease_now() AS now) AS clock
+         WHERE coalesce(make_time > clock.now - $8::interval, true)
         ON CONFLICT DO NOTHING
         RETURNING credit_slice_id
         """,
@@ -178,33 +395,35 @@ async def _insert(connection: Connection, slices: list[Slice], lease: timedelta)
         [item.granted for item in slices],
         [item.state.value for item in slices],
         lease,
+        [_make_time(item.slice_id) for item in slices],
+        newer_than,
     )
     return {row["credit_slice_id"] for row in rows}
 
 
-async def _end(connection: Connection, slices: list[Slice], state: SliceState) -> None:
-    """Changes the state of slices whose balances are locked, freeing what no longer is held."""
-    if not slices:
-        return
-    await connection.execute(
-        "UPDATE credit_slice SET state = $2 WHERE credit_slice_id = ANY($1::text[])",
-        [item.slice_id for item in slices],
-        state.value,
-    )
-    if state.holds_money:
-        return
-    freed: Counter[str] = Counter()
-    for item in slices:
-        assert item.account_id is not None
-        freed[item.account_id] -= item.remaining
-    await change_balances(connection, posted={}, held=freed)
+def _make_time(slice_id: str) -> datetime | None:
+    """When a gateway made an id; None when it has no time."""
+    return time_of_ulid(slice_id[-_ULID_LENGTH:])
 
 
-async def _lock_due(connection: Connection, state: SliceState, age: timedelta) -> list[Slice]:
-    """Finds slices in a state whose lease ran out that long ago, and locks their balances."""
+async def _lock_due(
+    connection: Connection, state: SliceState, age: timedelta, patience: timedelta | None
+) -> tuple[list[Slice], set[str]]:
+    """Finds slices in a state whose lease ran out that long ago, and locks their balances.
+
+    Args:
+        connection: of the transaction.
+        state: of the slices.
+        age: how long ago.
+        patience: how much longer ago, to wait for balances that are locked; None to skip these.
+
+    Returns: the slices, and those of their accounts that have spend limits.
+    """
+    age += patience or timedelta()
+    skip = "SKIP LOCKED" if patience is None else ""
     rows = await connection.fetch(
-        """
-        SELECT account_id
+        f"""
+        SELECT account_id, has_spend_limits
           FROM balance
          WHERE account_id IN (
                    SELECT account_id
@@ -216,8 +435,8 @@ async def _lock_due(connection: Connection, state: SliceState, age: timedelta) -
                )
          ORDER BY account_id
            FOR UPDATE
-          SKIP LOCKED
-        """,
+          {skip}
+        """,  # noqa: S608 - made of constants
         state.value,
         age,
         SWEEP_SIZE,
@@ -236,7 +455,8 @@ async def _lock_due(connection: Connection, state: SliceState, age: timedelta) -
         age,
         SWEEP_SIZE,
     )
-    return [_slice_from_row(row) for row in due]
+    limited = {row["account_id"] for row in rows if row["has_spend_limits"]}
+    return [_slice_from_row(row) for row in due], limited
 
 
 def _check_repeat(found: Slice, *, account_id: str, holder: str) -> None:
@@ -276,4 +496,5 @@ def _slice_from_row(row: asyncpg.Record) -> Slice:
         consumed=row["consumed"],
         state=SliceState(row["state"]),
         is_leased=row["is_leased"],
+        acquire_time=row["acquire_time"],
     )

@@ -237,17 +237,6 @@ async def test_balance_does_not_fall_below_what_is_held(billing: Billing) -> Non
     assert await billing.balance() == (500, 400, 100)
 
 
-async def test_balance_does_not_fall_below_the_floor(billing: Billing) -> None:
-    await billing.open_account(500)
-    await billing.connection.execute("UPDATE balance SET floor = 100")
-
-    with pytest.raises(FailedPrecondition):
-        await billing.post(-401, kind=ADJUSTMENT)
-    await billing.post(-400, kind=ADJUSTMENT)
-
-    assert await billing.balance() == (100, 0, 0)
-
-
 async def test_unknown_and_system_accounts_cannot_be_posted_to(billing: Billing) -> None:
     with pytest.raises(NotFound):
         await billing.post(1, account="accounts/nobody")
@@ -331,3 +320,17 @@ async def test_what_was_written_cannot_be_changed(billing: Billing, statement: s
     """The role owns its tables; a trigger refuses even a statement that would hit no row."""
     with pytest.raises(asyncpg.RestrictViolationError, match="is immutable"):
         await billing.connection.execute(statement)
+
+
+async def test_balance_of_the_ledger_that_fits_no_64_bits_is_refused(billing: Billing) -> None:
+    for account_id in ("acme", "other"):
+        await billing.open_account(9 * 10**18, account_id)
+
+    with pytest.raises(FailedPrecondition) as caught:
+        await billing.balance("accounts/system-funding")
+
+    assert caught.value.metadata == {
+        "resource": "accounts/system-funding",
+        "state": "OUT_OF_RANGE",
+    }
+    assert (await billing.balance())[0] == 9 * 10**18

@@ -1,11 +1,13 @@
 """The real SQL against the reference, by random histories: settlements late, twice, out of order,
-on slices that are closed, expired, reclaimed, foreign or unknown."""
+on slices that are closed, expired, reclaimed, foreign or unknown; grants that expire while slices
+hold them, accounts below zero, refunds."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import asyncpg
@@ -15,6 +17,7 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
+    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -24,34 +27,56 @@ from libs import postgres
 from libs.config import PostgresSection
 from libs.errors import MaasError
 from libs.testing import FakeClock
-from services.billing.domain import Account, EndCause, EntryKind, Posting, Price, Settlement
-from services.billing.store import AccountStore, PriceStore, SettlementStore, SliceStore
+from services.billing.domain import (
+    Account,
+    EndCause,
+    EntryKind,
+    GrantKind,
+    Posting,
+    Price,
+    Settlement,
+)
+from services.billing.grants import Grant, Refund
+from services.billing.store import (
+    AccountStore,
+    GrantStore,
+    PriceStore,
+    RefundStore,
+    SettlementStore,
+    SliceStore,
+    SliceWish,
+)
 from tests.conftest import PostgresCluster
 from tests.integration.services.billing.audit import Connection, audit
 from tests.integration.services.billing.reference import (
     CACHED_INPUT_PRICE,
+    DISCOUNT_PERCENT,
     GRACE_S,
     INPUT_PRICE,
     LEASE_S,
     OUTPUT_PRICE,
+    REASONING_PRICE,
+    REQUEST_PRICE,
     Reference,
     Refused,
     cost,
 )
 
 Result = TypeVar("Result")
-Wish = tuple[str, str, str, tuple[int, int, int], EndCause]
+Wish = tuple[str, str, str, tuple[int, int, int, int], bool, EndCause]
 
 # Weighted so that most settlements meet a slice of their account with something left.
 ACCOUNTS = st.sampled_from(["a", "a", "a", "b"])
 SLICES = st.sampled_from(["s0", "s1", "s2", "s3"])
 GENERATIONS = st.sampled_from([f"g{number}" for number in range(60)])
-# Fresh and cached tokens of the prompt, tokens of the output.
-COUNTS = st.tuples(st.integers(0, 6), st.integers(0, 21), st.integers(0, 50))
+# Fresh and cached tokens of the prompt, tokens of the output, of reasoning.
+COUNTS = st.tuples(st.integers(0, 6), st.integers(0, 21), st.integers(0, 40), st.integers(0, 5))
 CAUSES = st.sampled_from([EndCause.COMPLETED, EndCause.STALLED, EndCause.WORKER_LOST])
-SETTLEMENTS = st.tuples(GENERATIONS, SLICES, ACCOUNTS, COUNTS, CAUSES)
-# Neither a lease nor a lease with its grace is a multiple: no history stands on an edge.
+SETTLEMENTS = st.tuples(GENERATIONS, SLICES, ACCOUNTS, COUNTS, st.booleans(), CAUSES)
+# Neither a lease nor a lease with its grace is a multiple: no history stands on an edge. Nor does
+# the life of a grant.
 STEP_S = 400
+LIVES_S = st.sampled_from([None, 150, 550, 950])
 
 assert LEASE_S % STEP_S
 assert (LEASE_S + GRACE_S) % STEP_S
@@ -72,12 +97,17 @@ class Real:
         self.accounts = AccountStore(self.database)
         self.slices = SliceStore(self.database, lease_s=LEASE_S, grace_s=GRACE_S)
         self.settlements = SettlementStore(self.database, lease_s=LEASE_S)
+        self.grants = GrantStore(self.database)
+        self.refunds = RefundStore(self.database)
         price = Price(
             price_id="nano",
             offering_id="tiny",
             input_price=INPUT_PRICE,
             output_price=OUTPUT_PRICE,
             cached_input_price=CACHED_INPUT_PRICE,
+            reasoning_price=REASONING_PRICE,
+            request_price=REQUEST_PRICE,
+            background_discount_percent=DISCOUNT_PERCENT,
             effective_time=self.now,
             create_time=self.now,
         )
@@ -135,7 +165,7 @@ class Histories(RuleBasedStateMachine):
                 account_id=self.mine(name), display_name="", create_time=self.real.now
             )
             self.real.run(self.real.accounts.create_account(account))
-            self.reference.posted[name] = 0
+            self.reference.open(name)
         self.post("a", credit + 1)
 
     @rule(name=ACCOUNTS, amount=st.integers(-100, 200).filter(bool))
@@ -153,23 +183,83 @@ class Histories(RuleBasedStateMachine):
 
         self.both(real(), lambda: self.reference.post(name, amount))
 
+    @rule(
+        name=ACCOUNTS,
+        amount=st.integers(1, 150),
+        priority=st.sampled_from([10, 50, 50]),
+        life_s=LIVES_S,
+    )
+    def give(self, name: str, amount: int, priority: int, life_s: int | None) -> None:
+        async def real() -> None:
+            expire_time = None
+            if life_s is not None:
+                now = await self.real.connection.fetchval("SELECT lease_now()")
+                expire_time = now + timedelta(seconds=life_s)
+            grant = Grant(
+                account_id=self.mine(name),
+                grant_id=f"g{next(self.requests)}",
+                number=0,
+                kind=GrantKind.GIFT,
+                amount=amount,
+                remaining=amount,
+                priority=priority,
+                expire_time=expire_time,
+                create_time=self.real.now,
+                description="",
+            )
+            await self.real.grants.create_grant(grant, self.real.now)
+
+        expires_at = float("inf") if life_s is None else self.reference.now + life_s
+        self.both(real(), lambda: self.reference.give(name, amount, priority, expires_at))
+
+    @rule(name=ACCOUNTS, limit=st.sampled_from([0, 0, 40, 120]))
+    def set_credit_limit(self, name: str, limit: int) -> None:
+        self.real.run(self.real.accounts.set_credit_limit(self.mine(name), limit))
+        self.reference.limits[name] = limit
+
+    @rule(generation=GENERATIONS, name=ACCOUNTS, amount=st.none() | st.integers(1, 60))
+    def refund(self, generation: str, name: str, amount: int | None) -> None:
+        self.refund_of(generation, name, amount)
+
+    @precondition(lambda self: any(charge for _, charge in self.reference.charges.values()))
+    @rule(data=st.data(), amount=st.none() | st.integers(1, 60))
+    def refund_a_charge(self, data: st.DataObject, amount: int | None) -> None:
+        charged = [name for name, (_, charge) in self.reference.charges.items() if charge]
+        generation = data.draw(st.sampled_from(charged))
+        self.refund_of(generation, self.reference.charges[generation][0], amount)
+
+    def refund_of(self, generation: str, name: str, amount: int | None) -> None:
+        wish = Refund(
+            account_id=self.mine(name),
+            generation_id=self.mine(generation),
+            amount=amount,
+            request_id=str(next(self.requests)),
+            description="",
+        )
+
+        async def real() -> None:
+            await self.real.refunds.refund(wish, self.real.now)
+
+        self.both(real(), lambda: self.reference.refund(generation, name, amount))
+
     @rule(slice_id=SLICES, name=ACCOUNTS, required=st.integers(0, 60), wanted=st.integers(10, 90))
     def acquire(self, slice_id: str, name: str, required: int, wanted: int) -> None:
         async def real() -> int:
-            acquired = await self.real.slices.acquire(
+            wish = SliceWish(
                 slice_id=self.mine(slice_id),
                 account_id=self.mine(name),
                 holder="gateway",
                 required=required,
                 wanted=wanted,
             )
+            acquired = await self.real.slices.acquire(wish, self.real.now)
             return acquired.granted
 
         self.both(real(), lambda: self.reference.acquire(slice_id, name, required, wanted))
 
     @rule(batch=st.lists(SETTLEMENTS, max_size=6), renewed=st.sets(SLICES, max_size=3))
     def settle(self, batch: list[Wish], renewed: set[str]) -> None:
-        named = renewed | {slice_id for _, slice_id, _, _, _ in batch}
+        named = renewed | {slice_id for _, slice_id, _, _, _, _ in batch}
 
         async def real() -> tuple[int, list[str]]:
             settled = await self.real.settlements.settle(
@@ -183,9 +273,12 @@ class Histories(RuleBasedStateMachine):
         def reference() -> tuple[int, list[str]]:
             new = [
                 self.reference.settle(
-                    generation, slice_id, name, cost(*counts) if cause.is_charged else 0
+                    generation,
+                    slice_id,
+                    name,
+                    cost(counts, background=background) if cause.is_charged else 0,
                 )
-                for generation, slice_id, name, counts, cause in batch
+                for generation, slice_id, name, counts, background, cause in batch
             ]
             return sum(new), self.reference.renew(named)
 
@@ -196,10 +289,11 @@ class Histories(RuleBasedStateMachine):
         generation: str,
         slice_id: str,
         name: str,
-        counts: tuple[int, int, int],
+        counts: tuple[int, int, int, int],
+        background: bool,  # noqa: FBT001 - a part of what is drawn
         cause: EndCause,
     ) -> Settlement:
-        fresh, cached, output = counts
+        fresh, cached, output, reasoning = counts
         return Settlement(
             generation_id=self.mine(generation),
             slice_id=self.mine(slice_id),
@@ -212,7 +306,9 @@ class Histories(RuleBasedStateMachine):
             price_id="nano",
             input_tokens=fresh + cached,
             cached_input_tokens=cached,
-            output_tokens=output,
+            output_tokens=output + reasoning,
+            reasoning_tokens=reasoning,
+            is_background=background,
             end_cause=cause,
             start_time=self.real.now,
             end_time=self.real.now,
@@ -236,7 +332,11 @@ class Histories(RuleBasedStateMachine):
 
     @rule()
     def sweep(self) -> None:
-        self.both(self.real.slices.sweep(), self.reference.sweep)
+        async def real() -> None:
+            await self.real.slices.sweep()
+            await self.real.grants.sweep(self.real.now)
+
+        self.both(real(), self.reference.sweep)
 
     @invariant()
     def agrees(self) -> None:
@@ -257,12 +357,27 @@ class Histories(RuleBasedStateMachine):
         )
         want = {
             self.mine(name): ("", posted, self.reference.held(name))
-            for name, posted in self.reference.posted.items()
+            for name, posted in self.reference.money.posted.items()
         } | {
             self.mine(slice_id): (item.state, item.granted, item.consumed)
             for slice_id, item in self.reference.slices.items()
         }
         assert {row["name"]: (row["state"], row["first"], row["second"]) for row in rows} == want
+        grants = await self.real.connection.fetch(
+            """
+            SELECT account_id, priority, remaining
+              FROM credit_grant
+             WHERE starts_with(account_id, $1)
+               AND is_live
+             ORDER BY account_id, priority, expire_time NULLS LAST, number
+            """,
+            self.prefix,
+        )
+        assert [tuple(row.values()) for row in grants] == [
+            (self.mine(name), grant.priority, grant.remaining)
+            for name in sorted(self.reference.money.grants)
+            for grant in self.reference.live(name)
+        ]
 
     @override
     def teardown(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import asyncpg
 import pytest
+from maas.billing.v1 import account_service_pb2 as account_pb
 from maas.billing.v1 import price_service_pb2 as price_pb
 
 from libs import postgres
@@ -120,6 +121,58 @@ async def test_version_before_goes_on_writing_after_the_migration(
         ("gen_1", ""),
         ("gen_2", ""),
     ]
+
+
+async def test_balance_from_before_is_one_grant_that_does_not_expire(
+    old_dsn: str, connection: Connection
+) -> None:
+    await connection.execute(OLD_ROWS)
+    await connection.execute(OLD_INSERT, "gen_1", 1, 120, 120, 1)
+    await connection.execute(
+        "INSERT INTO account VALUES ('poor', 'poor', 'USD', '2026-01-01T00:00:00Z')"
+    )
+    await connection.execute("INSERT INTO balance (account_id, floor) VALUES ('poor', -50)")
+
+    await migrate(old_dsn, MIGRATIONS)
+
+    await audit(connection)
+    async with running(old_dsn) as billing:
+        grants = await billing.admin.peer.call(
+            billing.admin.accounts.ListGrants,
+            account_pb.ListGrantsRequest(parent="accounts/acme"),
+        )
+        (grant,) = grants.grants
+        assert (grant.amount.nanos, grant.remaining.nanos, grant.priority) == (880, 880, 50)
+        assert not grant.HasField("expire_time")
+        assert await billing.balance("accounts/poor") == (0, 0, 50)
+        await billing.settle(settlement("gen_2", slice_id="s1", tokens=30))
+        await billing.post(7)
+        assert await billing.balance() == (857, 150, 707)
+    await audit(connection)
+
+
+async def test_charges_of_the_version_before_are_divided_among_grants_later(
+    old_dsn: str, connection: Connection
+) -> None:
+    await connection.execute(OLD_ROWS)
+    await connection.execute(OLD_INSERT, "gen_1", 1, 120, 120, 1)
+    await migrate(old_dsn, MIGRATIONS)
+
+    await connection.execute(OLD_INSERT, "gen_2", 2, 7, 7, 1)
+    await connection.execute(
+        """
+        INSERT INTO ledger_entry VALUES
+            (5, 'acme', 5, -7, 'usage', 'gen_2', '', '2026-01-01T00:00:03Z'),
+            (6, 'system-revenue', 5, 7, 'usage', 'gen_2', '', '2026-01-01T00:00:03Z');
+        UPDATE ledger_head SET entry_count = 6, record_count = 2;
+        UPDATE balance SET posted = posted - 7, held = held - 7;
+        UPDATE credit_slice SET consumed = consumed + 7;
+        """
+    )
+
+    async with running(old_dsn) as billing:
+        await billing.settle(settlement("gen_3", slice_id="s1", tokens=1))
+    await audit(connection)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,39 @@ async def test_cached_input_may_have_a_price_of_its_own(billing: Billing, nanos:
     assert found.price == made
 
 
+async def test_price_has_lines_for_reasoning_requests_and_the_background(
+    billing: Billing,
+) -> None:
+    lines = price(
+        reasoning_price_per_million=usd(0),
+        request_price=usd(1000),
+        background_discount_percent=50,
+    )
+
+    made = await create(billing, lines)
+
+    assert made.reasoning_price_per_million == usd(0)
+    assert (made.request_price, made.background_discount_percent) == (usd(1000), 50)
+    assert await create(billing, lines) == made
+    with pytest.raises(AlreadyExists):
+        await create(billing, price(request_price=usd(1000), background_discount_percent=51))
+
+
+async def test_what_an_engine_costs_is_for_administrators(billing: Billing) -> None:
+    made = await create(billing, price(engine_second_cost=usd(7)))
+
+    request = price_pb.GetPriceRequest(name="prices/p1")
+    seen = (await billing.admin.peer.call(billing.admin.prices.GetPrice, request)).price
+    hidden = (await billing.tenant.peer.call(billing.tenant.prices.GetPrice, request)).price
+    listed = await billing.tenant.peer.call(
+        billing.tenant.prices.ListPrices, price_pb.ListPricesRequest()
+    )
+
+    assert made.engine_second_cost == seen.engine_second_cost == usd(7)
+    assert not hidden.HasField("engine_second_cost")
+    assert list(listed.prices) == [hidden]
+
+
 async def test_price_without_one_for_cached_input_says_none(billing: Billing) -> None:
     made = await create(billing, price())
 
@@ -124,6 +157,16 @@ async def test_creating_a_price_with_other_content_is_refused(
             price(cached_input_price_per_million=money_pb2.Money(nanos=1)),
             "price.cached_input_price_per_million.currency_code",
         ),
+        (price(reasoning_price_per_million=usd(-1)), "price.reasoning_price_per_million.nanos"),
+        (
+            price(reasoning_price_per_million=usd(10**15 + 1)),
+            "price.reasoning_price_per_million.nanos",
+        ),
+        (price(request_price=usd(-1)), "price.request_price.nanos"),
+        (price(request_price=usd(10**15 + 1)), "price.request_price.nanos"),
+        (price(background_discount_percent=101), "price.background_discount_percent"),
+        (price(engine_second_cost=usd(-1)), "price.engine_second_cost.nanos"),
+        (price(engine_second_cost=usd(10**12 + 1)), "price.engine_second_cost.nanos"),
         (price(input_price_per_million=None), "price.input_price_per_million"),
         (price(offering=""), "price.offering"),
         (price(offering="models/x"), "price.offering"),

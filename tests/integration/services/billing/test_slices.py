@@ -16,6 +16,8 @@ from libs.errors import (
     Reason,
     Unauthenticated,
 )
+from libs.testing import eventually
+from services.billing.store.slices import STARVED
 from tests.integration.services.billing.world import GRACE_S, LEASE_S, Billing, settlement
 
 
@@ -25,6 +27,22 @@ async def state_of(billing: Billing, slice_id: str) -> str:
     )
     assert isinstance(state, str)
     return state
+
+
+async def is_waited_for(billing: Billing) -> bool:
+    """Whether somebody waits for a lock that the test's connection has."""
+    found = await billing.connection.fetchval(
+        """
+        SELECT EXISTS (
+            SELECT
+              FROM pg_locks
+             WHERE NOT granted
+               AND pg_backend_pid() = ANY(pg_blocking_pids(pid))
+        )
+        """
+    )
+    assert isinstance(found, bool)
+    return found
 
 
 async def refusal(call: Awaitable[object]) -> MaasError:
@@ -290,6 +308,23 @@ async def test_sweeper_passes_by_accounts_that_are_locked(billing: Billing) -> N
 
     assert await state_of(billing, "s-acme") == "expired"
     assert await state_of(billing, "s-busy") == "open"
+
+
+async def test_sweeper_waits_for_an_account_that_was_locked_whenever_it_came(
+    billing: Billing,
+) -> None:
+    """An account that is settled all the time is locked nearly always."""
+    await billing.open_account(100)
+    await billing.acquire("s1", 100)
+    await billing.pass_lease_time(LEASE_S + STARVED.total_seconds())
+
+    async with billing.connection.transaction():
+        await billing.connection.execute("SELECT FROM balance FOR UPDATE")
+        sweep = asyncio.create_task(billing.sweep())
+        await eventually(lambda: is_waited_for(billing))
+    await sweep
+
+    assert await state_of(billing, "s1") == "expired"
 
 
 async def test_two_sweepers_free_money_once(billing: Billing) -> None:

@@ -1,12 +1,15 @@
-"""What a record says beside its two counts: cached and reasoning tokens, labels, end user."""
+"""What a record says beside its two counts: cached and reasoning tokens, labels, end user, engine
+time, the discount of the background."""
 
 from __future__ import annotations
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from maas.billing.v1 import credit_slice_service_pb2 as slice_pb
 from maas.billing.v1 import ledger_pb2
 from maas.billing.v1 import price_service_pb2 as price_pb
 from maas.common.v1 import usage_pb2 as token_usage_pb2
+from prometheus_client import REGISTRY
 
 from libs.errors import InvalidArgument
 from tests.integration.services.billing.world import Billing, settlement, usd
@@ -152,3 +155,84 @@ async def test_largest_labels_are_kept(billing: Billing) -> None:
 
     (record,) = await billing.records()
     assert (dict(record.labels), record.end_user) == (labels, "u" * 128)
+
+
+async def test_engine_time_is_kept_to_the_microsecond(billing: Billing) -> None:
+    await prepare(billing)
+    wish = used("gen_1", output_tokens=1)
+    wish.engine_time.CopyFrom(Duration(seconds=2, nanos=345_678_901))
+
+    await billing.settle(wish, used("gen_2", output_tokens=1))
+
+    first, second = await billing.records()
+    assert first.engine_time == Duration(seconds=2, nanos=345_678_000)
+    assert second.engine_time == Duration()
+
+
+@pytest.mark.parametrize("told", [Duration(nanos=-1000), Duration(seconds=10**6, nanos=1000)])
+async def test_engine_time_that_cannot_be_is_refused(billing: Billing, told: Duration) -> None:
+    await prepare(billing)
+    wish = used("gen_1")
+    wish.engine_time.CopyFrom(told)
+
+    with pytest.raises(InvalidArgument) as caught:
+        await billing.settle(wish)
+
+    assert [item.field for item in caught.value.violations] == ["settlements[0].engine_time"]
+
+
+async def test_every_line_of_a_price_is_charged(billing: Billing) -> None:
+    """Cached input, reasoning, the request, and the discount of the background on each."""
+    await billing.open_account(1000)
+    await billing.acquire("s1", 500)
+    price = ledger_pb2.Price(
+        offering="offerings/tiny",
+        input_price_per_million=usd(2_000_000),
+        output_price_per_million=usd(4_000_000),
+        cached_input_price_per_million=usd(500_000),
+        reasoning_price_per_million=usd(1_000_000),
+        request_price=usd(101),
+        background_discount_percent=50,
+    )
+    request = price_pb.CreatePriceRequest(price_id="cheap", price=price)
+    await billing.admin.peer.call(billing.admin.prices.CreatePrice, request)
+    counts = {
+        "input_tokens": 10,
+        "cached_input_tokens": 3,
+        "output_tokens": 7,
+        "reasoning_tokens": 2,
+    }
+    later = used("gen_2", **counts)
+    later.background = True
+    lost = used("gen_3", **counts)
+    lost.end_cause = ledger_pb2.END_CAUSE_GATEWAY_LOST
+
+    await billing.settle(used("gen_1", **counts), later, lost)
+
+    records = await billing.records()
+    assert [record.charge.nanos for record in records] == [
+        (14 + 2) + (20 + 2) + 101,
+        (7 + 1) + (10 + 1) + 51,
+        0,
+    ]
+    assert [record.background for record in records] == [False, True, False]
+
+
+async def test_repeat_with_other_counts_changes_nothing_and_is_counted(billing: Billing) -> None:
+    await prepare(billing)
+    await billing.settle(used("gen_1", output_tokens=4))
+    (before,) = await billing.records()
+    counter = "maas_billing_settlements_contradicted_total"
+    counted = REGISTRY.get_sample_value(counter) or 0
+
+    await billing.settle(
+        used("gen_1", output_tokens=4),
+        used("gen_1", output_tokens=5),
+        used("gen_2", output_tokens=1),
+        used("gen_2", output_tokens=2),
+    )
+
+    assert REGISTRY.get_sample_value(counter) == counted + 2
+    first, second = await billing.records()
+    assert first == before
+    assert second.usage.output_tokens == 1

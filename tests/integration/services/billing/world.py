@@ -13,13 +13,20 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from maas.billing.v1 import account_service_pb2 as account_pb
 from maas.billing.v1 import (
     account_service_pb2_grpc,
+    audit_service_pb2,
+    audit_service_pb2_grpc,
     credit_slice_service_pb2_grpc,
+    invoice_service_pb2,
     ledger_pb2,
+    limit_service_pb2_grpc,
     price_service_pb2_grpc,
+    quota_service_pb2_grpc,
     usage_service_pb2_grpc,
 )
 from maas.billing.v1 import credit_slice_service_pb2 as slice_pb
+from maas.billing.v1 import limit_service_pb2 as limit_pb
 from maas.billing.v1 import price_service_pb2 as price_pb
+from maas.billing.v1 import quota_service_pb2 as quota_pb
 from maas.billing.v1 import usage_service_pb2 as usage_pb
 from maas.common.v1 import money_pb2
 from maas.common.v1 import usage_pb2 as token_usage_pb2
@@ -34,7 +41,8 @@ from libs.rpc.identity import Identity
 from libs.testing import FakeClock
 from services.billing.__main__ import compose
 from services.billing.config import BillingSection
-from services.billing.store import SliceStore
+from services.billing.store import GrantStore, SliceStore
+from services.billing.store.windows import SpendWindowStore
 from tests.integration.services.billing.audit import Connection
 
 SERVICES = [
@@ -42,6 +50,10 @@ SERVICES = [
     price_pb.DESCRIPTOR.services_by_name["PriceService"],
     usage_pb.DESCRIPTOR.services_by_name["UsageService"],
     slice_pb.DESCRIPTOR.services_by_name["CreditSliceService"],
+    limit_pb.DESCRIPTOR.services_by_name["LimitService"],
+    quota_pb.DESCRIPTOR.services_by_name["QuotaService"],
+    audit_service_pb2.DESCRIPTOR.services_by_name["AuditService"],
+    invoice_service_pb2.DESCRIPTOR.services_by_name["InvoiceService"],
 ]
 GATEWAY_TOKEN = "ms_gateway"
 INTERNAL = [
@@ -50,6 +62,10 @@ INTERNAL = [
     "maas.billing.v1.CreditSliceService/Settle",
     "maas.billing.v1.CreditSliceService/FindSettlement",
     "maas.billing.v1.CreditSliceService/CloseSlices",
+    "maas.billing.v1.LimitService/WatchLimits",
+    "maas.billing.v1.QuotaService/TakeQuota",
+    "maas.billing.v1.QuotaService/GiveBackQuota",
+    "maas.billing.v1.QuotaService/HoldPlaces",
 ]
 LEASE_S = 60.0
 GRACE_S = 600.0
@@ -110,7 +126,10 @@ class Client:
         self.accounts = account_service_pb2_grpc.AccountServiceStub(self.peer.channel)
         self.prices = price_service_pb2_grpc.PriceServiceStub(self.peer.channel)
         self.usage = usage_service_pb2_grpc.UsageServiceStub(self.peer.channel)
+        self.audits = audit_service_pb2_grpc.AuditServiceStub(self.peer.channel)
         self.slices = credit_slice_service_pb2_grpc.CreditSliceServiceStub(self.peer.channel)
+        self.limits = limit_service_pb2_grpc.LimitServiceStub(self.peer.channel)
+        self.quotas = quota_service_pb2_grpc.QuotaServiceStub(self.peer.channel)
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -127,6 +146,7 @@ class Billing:
         tenant: organization acme.
         stranger: organization other.
         gateway: the service that spends.
+        keys: the callers' keys.
     """
 
     dsn: str
@@ -138,6 +158,7 @@ class Billing:
     tenant: Client
     stranger: Client
     gateway: Client
+    keys: KeyTable
     _numbers: Iterator[int] = dataclasses.field(default_factory=lambda: itertools.count(1))
 
     async def open_account(self, credit: int = 0, account_id: str = "acme") -> str:
@@ -258,13 +279,20 @@ class Billing:
             "UPDATE lease_clock SET shift = shift + make_interval(secs => $1)", seconds
         )
 
+    def advance(self, seconds: float) -> None:
+        """Moves the clock of records; the callers' keys stay fresh."""
+        self.clock.advance(seconds)
+        self.keys.touch(self.clock.monotonic_s())
+
     async def sweep(self) -> None:
         """Runs the sweeper once."""
-        await SliceStore(self.database, lease_s=LEASE_S, grace_s=GRACE_S).sweep()
+        spend = SpendWindowStore()
+        await SliceStore(self.database, lease_s=LEASE_S, grace_s=GRACE_S, spend=spend).sweep()
+        await GrantStore(self.database).sweep(self.clock.now())
 
 
-def identity(clock: FakeClock) -> tuple[Identity, dict[str, str]]:
-    """Who may call, and the callers' keys by name."""
+def identity(clock: FakeClock) -> tuple[Identity, dict[str, str], KeyTable]:
+    """Who may call, the callers' keys by name, and the table of them."""
     table = KeyTable()
     secrets: dict[str, str] = {}
     callers = {"admin": "", "tenant": "acme", "stranger": "other"}
@@ -283,14 +311,16 @@ def identity(clock: FakeClock) -> tuple[Identity, dict[str, str]]:
         table.apply([record])
     table.touch(clock.monotonic_s())
     allow = {method: frozenset({"gateway"}) for method in INTERNAL}
-    return Identity(table, {sha256_of(GATEWAY_TOKEN): "gateway"}, allow), secrets
+    return Identity(table, {sha256_of(GATEWAY_TOKEN): "gateway"}, allow), secrets, table
 
 
 @asynccontextmanager
-async def running(dsn: str, *, connections_max: int = 8) -> AsyncIterator[Billing]:
-    """Billing on a database that has its tables."""
+async def running(
+    dsn: str, *, connections_max: int = 8, settings: Mapping[str, str] | None = None
+) -> AsyncIterator[Billing]:
+    """Billing on a database that has its tables, with more keys of its configuration."""
     clock = FakeClock()
-    who, secrets = identity(clock)
+    who, secrets, keys = identity(clock)
     async with AsyncExitStack() as stack:
         config = PostgresSection(dsn=dsn, connections_max=connections_max)
         database = await postgres.connect(config, schema="billing")
@@ -298,7 +328,9 @@ async def running(dsn: str, *, connections_max: int = 8) -> AsyncIterator[Billin
         listen = ServerSection(listen="127.0.0.1:0", metrics_listen="127.0.0.1:0")
         server = Server(listen, who, clock=clock)
         background = await stack.enter_async_context(Background(on_failure=server.fail))
-        section = BillingSection.model_validate({"lease_duration": "60s", "grace": "10m"})
+        section = BillingSection.model_validate(
+            {"lease_duration": "60s", "grace": "10m", **(settings or {})}
+        )
         compose(server, background, database, clock, section)
         endpoint = f"127.0.0.1:{await server.start()}"
         stack.push_async_callback(server.stop, 0.0)
@@ -320,4 +352,5 @@ async def running(dsn: str, *, connections_max: int = 8) -> AsyncIterator[Billin
             tenant=clients[1],
             stranger=clients[2],
             gateway=clients[3],
+            keys=keys,
         )

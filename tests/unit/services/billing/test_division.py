@@ -73,7 +73,7 @@ def divided(
 ) -> Division:
     return divide(
         [(settlement(f"g{index}"), Nanos(amount)) for index, amount in enumerate(amounts)],
-        balances={"acme": Balance(account_id="acme", posted=posted, held=held, floor=0)},
+        balances={"acme": Balance(account_id="acme", posted=posted, held=held)},
         slices={} if found is None else {found.slice_id: found},
         head=Head(entry_count=10, record_count=5),
         now=NOW,
@@ -91,7 +91,7 @@ def test_amount_is_the_price_of_each_line_or_nothing(cause: EndCause) -> None:
         create_time=NOW,
     )
 
-    assert amount_of(settlement(end_cause=cause), price) == (7 if cause.is_charged else 0)
+    assert amount_of(settlement(end_cause=cause), price.rates) == (7 if cause.is_charged else 0)
 
 
 def test_slice_pays() -> None:
@@ -188,10 +188,10 @@ ITEMS = st.tuples(st.sampled_from("stuv"), st.sampled_from("ab"), st.integers(0,
     st.lists(SLICES, max_size=3, unique_by=lambda item: item.slice_id),
     st.lists(ITEMS, max_size=12),
     st.integers(0, 100),
-    st.integers(-50, 50),
+    st.integers(0, 50),
 )
 def test_nothing_is_lost_and_no_floor_is_crossed(
-    slices: list[Slice], items: list[tuple[str, str, int]], spare: int, floor: int
+    slices: list[Slice], items: list[tuple[str, str, int]], spare: int, limit: int
 ) -> None:
     """Whatever the batch: entries sum to zero, and the database's checks would hold."""
     held: Counter[str] = Counter()
@@ -199,7 +199,10 @@ def test_nothing_is_lost_and_no_floor_is_crossed(
         held[item.account_id or ""] += item.remaining
     balances = {
         name: Balance(
-            account_id=name, posted=held[name] + spare + floor, held=held[name], floor=floor
+            account_id=name,
+            posted=held[name] + spare - limit,
+            held=held[name],
+            credit_limit=limit,
         )
         for name in "ab"
     }
@@ -226,10 +229,10 @@ def test_nothing_is_lost_and_no_floor_is_crossed(
         posted = before.posted - got.posted_taken.get(name, 0)
         left = before.held - got.held_taken.get(name, 0)
         assert left >= 0
-        assert posted - left >= floor
+        assert posted - left >= -limit
         # Bad debt only when the account has nothing more to give.
         if any(record.shortfall for record in got.records if record.settlement.account_id == name):
-            assert posted - left == floor
+            assert posted - left == -limit
     for item in slices:
         assert got.consumed.get(item.slice_id, 0) <= item.remaining
     assert sum(got.consumed.values()) == sum(got.held_taken.values())

@@ -4,14 +4,17 @@ import dataclasses
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from maas.billing.v1 import ledger_pb2
 
 from libs.errors import FailedPrecondition, InvalidArgument, Reason
 from services.billing.domain import (
+    CHARGE_RULES,
     Balance,
     EndCause,
     EntryKind,
     Posting,
     Price,
+    Settlement,
     Slice,
     SliceState,
     check_posting,
@@ -23,8 +26,8 @@ LATER = NOW + timedelta(hours=1)
 NANOS_MAX = 2**63 - 1
 
 
-def balance(posted: int, held: int = 0, floor: int = 0) -> Balance:
-    return Balance(account_id="acme", posted=posted, held=held, floor=floor)
+def balance(posted: int, held: int = 0, limit: int = 0) -> Balance:
+    return Balance(account_id="acme", posted=posted, held=held, credit_limit=limit)
 
 
 def posting(amount: int) -> Posting:
@@ -48,24 +51,57 @@ def price(effective_time: datetime, create_time: datetime = NOW) -> Price:
     )
 
 
-def test_only_the_clients_own_ends_are_charged() -> None:
-    assert {cause.name for cause in EndCause if cause.is_charged} == {
-        "COMPLETED",
-        "CLIENT_CANCELLED",
-        "DEADLINE",
-        "STALLED",
-        "REVOKED",
-    }
+@pytest.mark.parametrize(
+    ("cause", "is_charged"),
+    [
+        # The client's own ends: it has what was released, and pays for it.
+        (EndCause.COMPLETED, True),
+        (EndCause.CLIENT_CANCELLED, True),
+        (EndCause.DEADLINE, True),
+        (EndCause.STALLED, True),
+        (EndCause.REVOKED, True),
+        # Ours.
+        (EndCause.WORKER_LOST, False),
+        (EndCause.ENGINE_FAILURE, False),
+        (EndCause.GATEWAY_LOST, False),
+    ],
+)
+def test_every_end_has_its_rule(cause: EndCause, is_charged: bool) -> None:  # noqa: FBT001 - a table's column
+    assert cause.is_charged is is_charged
+
+
+def test_the_written_policy_has_every_end_and_says_why() -> None:
+    assert set(CHARGE_RULES) == set(EndCause)
+    assert all(rule.why for rule in CHARGE_RULES.values())
+    in_contract = {number for number in ledger_pb2.EndCause.values() if number}
+    assert {cause.value for cause in EndCause} == in_contract
 
 
 @pytest.mark.parametrize(
-    ("posted", "held", "floor", "available"),
-    [(100, 30, 0, 70), (100, 0, 40, 60), (-50, 0, -100, 50), (0, 0, 0, 0)],
+    ("posted", "held", "limit", "available"),
+    [
+        (100, 30, 0, 70),
+        (100, 0, 40, 140),
+        (-50, 0, 100, 50),
+        (0, 0, 0, 0),
+        # The limit was lowered below what is used.
+        (-50, 10, 20, 0),
+    ],
 )
-def test_available_is_above_floor_and_held(
-    posted: int, held: int, floor: int, available: int
+def test_available_is_what_is_neither_held_nor_beyond_the_credit_limit(
+    posted: int, held: int, limit: int, available: int
 ) -> None:
-    assert balance(posted, held, floor).available == available
+    assert balance(posted, held, limit).available == available
+
+
+def test_what_has_expired_is_not_available() -> None:
+    found = dataclasses.replace(balance(100, 30), expired=50)
+
+    assert found.available == 20
+
+
+def test_nothing_of_the_ledgers_own_accounts_is_available() -> None:
+    assert Balance(account_id="system-revenue", posted=100, held=0).available == 0
 
 
 @pytest.mark.parametrize(
@@ -90,6 +126,10 @@ def test_grant_below_what_is_required_is_refused() -> None:
 @pytest.mark.parametrize("amount", [1, -100, NANOS_MAX - 120])
 def test_posting_that_fits(amount: int) -> None:
     check_posting(posting(amount), balance(120, 20))
+
+
+def test_money_can_be_given_to_an_account_that_is_below_its_limit() -> None:
+    check_posting(posting(1), balance(-50, 10, 20))
 
 
 def test_posting_below_what_is_held_is_refused() -> None:
@@ -132,3 +172,36 @@ def test_only_open_and_expired_slices_hold_money(state: SliceState) -> None:
 def test_repeat_of_a_price(wanted: Price, stored: Price, is_repeat: bool) -> None:  # noqa: FBT001 - a table's column
     assert wanted.is_repeat_of(stored) is is_repeat
     assert not dataclasses.replace(wanted, input_price=7).is_repeat_of(stored)
+
+
+def test_repeat_contradicts_the_first_when_what_is_charged_differs() -> None:
+    first = settlement()
+
+    for other in (
+        dataclasses.replace(first, output_tokens=2),
+        dataclasses.replace(first, reasoning_tokens=1),
+        dataclasses.replace(first, end_cause=EndCause.STALLED),
+        dataclasses.replace(first, is_background=True),
+        dataclasses.replace(first, price_id="q"),
+    ):
+        assert other.counts != first.counts
+    assert dataclasses.replace(first, slice_id="t", engine_time_us=5).counts == first.counts
+
+
+def settlement() -> Settlement:
+    return Settlement(
+        generation_id="g",
+        slice_id="s",
+        account_id="acme",
+        project_id="demo",
+        api_key_id="key",
+        offering_id="tiny",
+        model_id="tiny",
+        version_id="1",
+        price_id="p",
+        input_tokens=1,
+        output_tokens=3,
+        end_cause=EndCause.COMPLETED,
+        start_time=NOW,
+        end_time=NOW,
+    )
