@@ -23,7 +23,7 @@ from libs.errors import (
 )
 from libs.limits import PUBLIC_REQUEST_BYTES_MAX
 from libs.rpc.validation import Validator
-from libs.units import affordable_output_tokens, charge_usage
+from libs.units import Rates
 from services.worker.abilities import require_able
 from services.worker.constraints import compile_constraint
 from services.worker.engine.base import Constraint, EndReason, EngineInfo, EngineRequest
@@ -231,26 +231,18 @@ def _affordable(execution: engine_pb2.Execution, input_tokens: int) -> int:
         return execution.stop.max_output_tokens
     limit = execution.charge_limit
     count = count_of(execution)
-    most = affordable_output_tokens(
-        nanos=limit.nanos,
-        input_tokens=input_tokens,
-        input_price=limit.input_price,
-        output_price=limit.output_price,
-    )
+    rates = Rates(input_price=limit.input_price, output_price=limit.output_price)
+    most = rates.affordable(nanos=limit.nanos, input_tokens=input_tokens)
     if most is None:
         return execution.stop.max_output_tokens
     if most < count:
-        least = charge_usage(
-            input_tokens=input_tokens,
-            output_tokens=count,
-            input_price=limit.input_price,
-            output_price=limit.output_price,
-        )
+        # The limit may be less than what the client said: the price of the request is off.
+        missing = rates.most(input_tokens=input_tokens, output_tokens=count) - limit.nanos
         wanted = "one of output" if count == 1 else f"one of each of {count} outputs"
         raise invalid_field(
             "spec.max_charge",
             FieldRule.OUT_OF_RANGE,
-            f"must be at least {least} nanos: {input_tokens} input tokens and {wanted}",
+            f"must be {missing} nanos more for {input_tokens} input tokens and {wanted}",
         )
     return most // count
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from google.protobuf.duration_pb2 import Duration
 from maas.common.v1 import capabilities_pb2
 from maas.engine.v1 import engine_pb2
 from maas.inference.v1 import generation_pb2
@@ -31,6 +32,12 @@ _LOAD_STAGES = {
     LoadStage.LOADING: engine_pb2.LOAD_STAGE_LOADING,
     LoadStage.WARMING: engine_pb2.LOAD_STAGE_WARMING,
 }
+
+
+def duration_to_pb(seconds: float) -> Duration:
+    """Turns seconds into a Duration, to the nearest nanosecond."""
+    nanos = round(seconds * 1e9)
+    return Duration(seconds=nanos // 1_000_000_000, nanos=nanos % 1_000_000_000)
 
 
 def failure_to_pb(error: MaasError) -> engine_pb2.Failure:

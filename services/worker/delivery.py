@@ -18,6 +18,7 @@ from maas.inference.v1 import generation_pb2
 from services.worker import metrics
 from services.worker.convert import end_to_pb, stop_to_pb
 from services.worker.engine.base import Ended, Lane, StepBatch, TokenScores
+from services.worker.engine_time import EngineTime
 from services.worker.routes import Route, Routes
 from services.worker.runs import Run
 from services.worker.text import OutputText, Release, TokenPieces
@@ -35,6 +36,7 @@ class Delivery:
         self,
         pieces: TokenPieces,
         *,
+        engine_time: EngineTime,
         on_stopped: Callable[[Run, generation_pb2.OutputEnd], None],
         on_ended: Callable[[Ended], None],
     ) -> None:
@@ -42,12 +44,14 @@ class Delivery:
 
         Args:
             pieces: of the vocabulary.
+            engine_time: shares of the outputs.
             on_stopped: called when the text of an output has ended it; the engine does not know.
             on_ended: called for each end that the engine tells.
         """
         self.running: dict[Lane, Run] = {}
         self.routes = Routes()
         self._pieces = pieces
+        self._engine_time = engine_time
         self._on_stopped = on_stopped
         self._on_ended = on_ended
         self._meter = metrics.StepMeter()
@@ -56,19 +60,22 @@ class Delivery:
         """An output is in the engine, and primed."""
         run.engine_lane = lane
         self.running[lane] = run
+        self._engine_time.enter(lane)
         if run.text is not None and not run.is_matching:
             self.routes.holding.add(run)
 
     def pop(self, lane: Lane) -> Run | None:
-        """An output speaks no more; None when it did not."""
+        """An output speaks no more, and takes no time; None when it did not."""
         run = self.running.pop(lane, None)
         if run is not None:
             self.routes.leave(run)
+            run.engine_time_s = self._engine_time.leave(lane)
         return run
 
     def clear(self) -> None:
         """The engine is gone."""
-        self.running.clear()
+        for lane in list(self.running):
+            self.pop(lane)
         self.routes = Routes()
 
     def deliver(self, batch: StepBatch) -> None:

@@ -37,6 +37,7 @@ from services.worker.alarm import Alarm
 from services.worker.convert import failure_to_pb, time_limit_to_pb
 from services.worker.delivery import Delivery
 from services.worker.engine.base import Ended, EndReason, Engine, EngineDied, EngineInfo, Lane
+from services.worker.engine_time import EngineTime
 from services.worker.kv_watch import KvLog
 from services.worker.places import Places
 from services.worker.preparation import Preparation, guarded
@@ -80,7 +81,12 @@ class Executions:
         self._clock = clock
         self._worker = worker
         self._streams: set[Stream] = set()
-        self._delivery = Delivery(pieces, on_stopped=self._stopped, on_ended=self._end)
+        self._delivery = Delivery(
+            pieces,
+            engine_time=EngineTime(clock, info.max_running),
+            on_stopped=self._stopped,
+            on_ended=self._end,
+        )
         # By lane of the engine: outputs whose end is only waited for.
         self._ending: dict[Lane, Run] = {}
         self._preparing = 0
@@ -225,6 +231,7 @@ class Executions:
         if self._places.refusing is runs.lost:
             return
         self._places.refusing = runs.lost
+        self._delivery.clear()
         for place in self._places:
             place.failure = runs.lost(self._worker)
             for run in place.runs:
@@ -234,7 +241,6 @@ class Executions:
                 place.stop()
             else:
                 self._places.forget(place)
-        self._delivery.clear()
         self._ending.clear()
         self._close_streams(runs.lost)
 
@@ -356,8 +362,8 @@ class Executions:
 
     def _stopped(self, run: Run, end: generation_pb2.OutputEnd) -> None:
         """An output is to end well; the engine does not know yet."""
-        self._tell_end(run, end)
         self._stop(run)
+        self._tell_end(run, end)
 
     def _stop(self, run: Run) -> None:
         """Asks the engine to end an output, which says nothing more."""

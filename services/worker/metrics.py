@@ -10,6 +10,10 @@ INPUT_TOKENS = Counter("maas_worker_input_tokens_total", "Prompt tokens of accep
 ENGINE_TOKENS = Counter(
     "maas_worker_engine_tokens_total", "Tokens that the engine drew, released or not."
 )
+ENGINE_BUSY = Counter(
+    "maas_worker_engine_busy_seconds_total",
+    "Time in which the engine had outputs to work on; brought up to date when one comes or goes.",
+)
 STEPS = Counter("maas_worker_steps_total", "Batches that came out of the engine.")
 EXECUTIONS = Counter(
     "maas_worker_executions_total",

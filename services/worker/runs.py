@@ -10,7 +10,7 @@ from maas.inference.v1 import generation_pb2
 
 from libs.clock import Clock
 from libs.errors import Cancelled, DeadlineExceeded, Internal, MaasError, Reason, Unavailable
-from services.worker.convert import failure_to_pb
+from services.worker.convert import duration_to_pb, failure_to_pb
 from services.worker.engine.base import Lane
 from services.worker.outbox import Outbox
 from services.worker.rich import RichOutput
@@ -98,6 +98,7 @@ class Run:
         lane: on that stream.
         interval_s: in which its reader collects output; 0 for a reader that wants it at once.
         engine_lane: in the engine; None while it is being prepared.
+        engine_time_s: seconds of the engine that it took; known once it speaks no more.
         text: its text layer; None while every token is whole text of its own.
         rich: what it shows besides text; None for text alone.
         matcher: finds its stop sequences; None for none.
@@ -110,6 +111,7 @@ class Run:
 
     __slots__ = (
         "engine_lane",
+        "engine_time_s",
         "has_spoken",
         "includes_stop",
         "interval_s",
@@ -132,6 +134,7 @@ class Run:
         self.lane = lane
         self.interval_s = interval_s
         self.engine_lane: Lane | None = None
+        self.engine_time_s = 0.0
         self.text: OutputText | None = None
         self.rich: RichOutput | None = None
         self.matcher: StopMatcher | None = None
@@ -208,6 +211,8 @@ class Run:
         if self.is_told:
             return
         self.is_told = True
+        if self.engine_time_s > 0:
+            ended.engine_time.CopyFrom(duration_to_pb(self.engine_time_s))
         self.stream.runs.pop(self.lane, None)
         self.outbox.end(ended)
 

@@ -6,7 +6,7 @@ import pytest
 from maas.engine.v1 import engine_pb2
 from maas.inference.v1 import generation_pb2
 
-from libs.units import charge_usage
+from libs.units import Rates
 from tests.integration.services.worker.harness import CONTEXT_LENGTH, execution, running_worker
 
 CHARGE_LIMIT = generation_pb2.FINISH_REASON_CHARGE_LIMIT
@@ -50,11 +50,8 @@ async def test_what_is_spent_is_within_the_limit_and_one_token_more_is_not() -> 
 
         assert told.input_tokens is not None
         costs = [
-            charge_usage(
-                input_tokens=told.input_tokens,
-                output_tokens=len(told.token_ids) + more,
-                input_price=bound.input_price,
-                output_price=bound.output_price,
+            Rates(input_price=bound.input_price, output_price=bound.output_price).charge(
+                input_tokens=told.input_tokens, output_tokens=len(told.token_ids) + more
             )
             for more in (0, 1)
         ]

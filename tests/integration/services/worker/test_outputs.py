@@ -7,7 +7,7 @@ from maas.engine.v1 import engine_pb2
 from maas.inference.v1 import generation_pb2
 
 from libs.testing import FakeClock
-from libs.units import charge_usage
+from libs.units import Rates
 from services.worker.engine.base import StepBatch
 from services.worker.requests import seed_of
 from tests.integration.services.worker.harness import (
@@ -199,9 +199,8 @@ async def test_outputs_have_equal_shares_of_the_charge_limit() -> None:
         assert shares == [3, 3, 3], "9.8 tokens can be paid for"
         ends = {gateway.told[lane].end.reason for lane in (1, 2, 3)}
         assert ends == {generation_pb2.FINISH_REASON_CHARGE_LIMIT}
-        spent = charge_usage(
-            input_tokens=2, output_tokens=9, input_price=10**6, output_price=10 * 10**6
-        )
+        rates = Rates(input_price=10**6, output_price=10 * 10**6)
+        spent = rates.charge(input_tokens=2, output_tokens=9)
         assert spent <= limit.nanos
 
 
@@ -211,7 +210,7 @@ async def test_a_charge_limit_that_leaves_one_output_nothing_refuses_all() -> No
         await gateway.send(execution(1, more_lanes=[2, 3], ids=[65, 66], charge_limit=limit))
         await gateway.until_ended(1, 2, 3)
 
-        assert "at least 32 nanos" in gateway.told[1].failure.message
+        assert "must be 10 nanos more" in gateway.told[1].failure.message
         assert gateway.told[3].reason == "INVALID_FIELD"
 
 

@@ -227,8 +227,8 @@ async def test_a_charge_limit_that_is_too_low_says_what_would_do() -> None:
     limit = engine_pb2.ChargeLimit(nanos=12, input_price=MILLION, output_price=10 * MILLION)
     async with running_worker() as worker, worker.gateway() as gateway:
         refused = await gateway.run(execution(1, ids=[1, 2, 3], charge_limit=limit))
-        assert "at least 13 nanos" in refused.failure.message
-        limit.nanos = 13
+        assert "must be 1 nanos more" in refused.failure.message
+        limit.nanos += 1
 
         told = await gateway.run(execution(2, ids=[1, 2, 3], charge_limit=limit))
 
