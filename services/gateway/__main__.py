@@ -16,6 +16,7 @@ from libs import process
 from libs.clock import SystemClock
 from libs.config import ConfigError, read_secret
 from libs.process import Background, StartError
+from libs.receipts import BadReceipt, ReceiptSigner, key_from_text
 from libs.rpc import Peer, Server
 from libs.rpc.identity import Identity
 from libs.rpc.run import key_table, start_metrics
@@ -56,11 +57,13 @@ async def main(config: Config) -> None:
             keys=keys,
             clock=clock,
             cache_secret=cache_secret(config.gateway.cache_secret_file),
+            signer=receipt_signer(config.gateway.receipt_key_file),
         )
         start = background.start
         start(clients.follow_offerings(catalog, gateway.offerings), name="follow offerings")
         start(clients.follow_adapters(catalog, gateway.adapters), name="follow adapters")
         start(clients.follow_prices(billing, gateway.prices), name="follow prices")
+        start(clients.follow_limits(billing, gateway.limits), name="follow limits")
         start(
             clients.follow_workers(scheduler, gateway.workers, gateway.links),
             name="follow workers",
@@ -88,6 +91,23 @@ def cache_secret(file: Path | None) -> bytes:
         raise StartError(
             f"gateway.cache_secret_file: {error}: write a random text to it, the same for all "
             "gateways that share workers, or leave the key out"
+        ) from error
+
+
+def receipt_signer(file: Path | None) -> ReceiptSigner | None:
+    """Reads the key that receipts are signed with; None without a file.
+
+    Raises:
+        StartError: the file cannot be read or is no key.
+    """
+    if file is None:
+        return None
+    try:
+        return ReceiptSigner(key_from_text(read_secret(file)))
+    except (ConfigError, BadReceipt) as error:
+        raise StartError(
+            f"gateway.receipt_key_file: {file}: {error}: write base64 of 32 random bytes to it, or "
+            "leave the key out"
         ) from error
 
 

@@ -28,11 +28,13 @@ from services.gateway.attempts import Attempts
 from services.gateway.books import Books
 from services.gateway.checks import Checked, Checks
 from services.gateway.domain import Charged, Opening
+from services.gateway.limits import Limits
 from services.gateway.placement import Placed, Placer
+from services.gateway.quotas import Need, Quotas, Ticket
 from services.gateway.replay import Budget
 from services.gateway.running import Generation, engine_failure
 from services.gateway.salt import Salts
-from services.gateway.slices import Hold
+from services.gateway.slices import Hold, Purse
 from services.gateway.terms import Terms, Times
 
 SEED_BITS = 64
@@ -81,6 +83,11 @@ class Asked:
         """Resource name of who pays."""
         return f"accounts/{self.principal.organization}"
 
+    @property
+    def api_key(self) -> str:
+        """Resource name of the key that it came with."""
+        return f"apiKeys/{self.principal.key_id}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
@@ -99,6 +106,7 @@ class Rules:
 class _Admitted:
     checked: Checked
     hold: Hold
+    quota: Ticket | None
 
 
 class Admission:
@@ -112,6 +120,8 @@ class Admission:
         books: Books,
         budget: Budget,
         checks: Checks,
+        limits: Limits,
+        quotas: Quotas,
         placer: Placer,
         salts: Salts,
         find_charged: FindCharged,
@@ -124,6 +134,8 @@ class Admission:
         self._clock = books.clock
         self._budget = budget
         self._checks = checks
+        self._limits = limits
+        self._quotas = quotas
         self._placer = placer
         self._salts = salts
         self._find_charged = find_charged
@@ -136,12 +148,14 @@ class Admission:
         Raises:
             MaasError: it is refused, or no worker takes it.
         """
-        hold_of = await self._hold(asked)
+        admitted = await self._hold(asked)
         try:
             async with _lookup(self._find, asked) as charged:
-                return await self._start(asked, hold_of, charged, on_end)
+                return await self._start(asked, admitted, charged, on_end)
         except BaseException:
-            self._books.slices.release(hold_of.hold)
+            self._books.slices.release(admitted.hold)
+            if admitted.quota is not None:
+                admitted.quota.cancel()
             raise
 
     async def _start(
@@ -164,6 +178,8 @@ class Admission:
                 _refuse_repeat(asked, await charged)
             self.require_key(asked)
             _check_whole(asked, checked, placed.input_tokens)
+            if admitted.quota is not None:
+                admitted.quota.accepted(placed.input_tokens)
             most = self._fit(asked, admitted, placed)
             is_kept = asked.lives_on or bool(asked.request_id)
             return form.generation(
@@ -173,7 +189,7 @@ class Admission:
                     slice_id=admitted.hold.slice.slice_id,
                     account=asked.account,
                     project=asked.project,
-                    api_key=f"apiKeys/{asked.principal.key_id}",
+                    api_key=asked.api_key,
                     offering=checked.offering.name,
                     model_version=checked.offering.model_version,
                     price=checked.price.name,
@@ -183,6 +199,7 @@ class Admission:
                     request_sha256=asked.request_sha256,
                     labels=dict(spec.labels),
                     end_user=spec.end_user,
+                    background=checked.is_background,
                 ),
                 terms=Terms(
                     price=checked.price,
@@ -193,6 +210,7 @@ class Admission:
                     is_kept=is_kept,
                     is_unary=asked.is_unary,
                     is_exact=form.is_exact,
+                    quota=admitted.quota,
                 ),
                 hold=admitted.hold,
                 attempts=attempts,
@@ -254,8 +272,21 @@ class Admission:
         """Checks the request and holds the most that it can cost."""
         checked = self._checks.check(asked.spec, asked.project)
         _check_whole(asked, checked)
-        hold = await self._books.slices.reserve(asked.account, checked.most)
-        return _Admitted(checked=checked, hold=hold)
+        limits = self._limits.of(asked.account)
+        if limits is None:
+            # Nearly always.
+            hold = await self._books.slices.reserve(Purse(asked.account), checked.most)
+            return _Admitted(checked=checked, hold=hold, quota=None)
+        scopes = (asked.account, asked.project, asked.api_key)
+        rates = limits.rates(*scopes)
+        quota = await self._quotas.take(rates, _need(asked, checked)) if rates else None
+        try:
+            hold = await self._books.slices.reserve(limits.purse(*scopes), checked.most)
+        except BaseException:
+            if quota is not None:
+                quota.cancel()
+            raise
+        return _Admitted(checked=checked, hold=hold, quota=quota)
 
     def _fit(self, asked: Asked, admitted: _Admitted, placed: Placed) -> int:
         """Adjusts the hold to the exact prompt: the surplus goes back at once.
@@ -273,11 +304,18 @@ class Admission:
         if asked.spec.HasField("max_charge"):
             # The worker ends the output there; this is what it is held to.
             most = price.affordable(
-                nanos=asked.spec.max_charge.nanos, input_tokens=placed.input_tokens, at_most=most
+                nanos=asked.spec.max_charge.nanos,
+                input_tokens=placed.input_tokens,
+                at_most=most,
+                is_background=checked.is_background,
             )
             if most < 1:
                 raise engine_failure(placed.link.worker)
-        exact = price.charge(input_tokens=placed.input_tokens, output_tokens=most)
+        exact = price.rates.most(
+            input_tokens=placed.input_tokens,
+            output_tokens=most,
+            is_background=checked.is_background,
+        )
         hold = admitted.hold
         if exact <= hold.nanos:
             self._books.slices.shrink(hold, exact)
@@ -293,6 +331,15 @@ class Admission:
                 },
             )
         return most
+
+
+def _need(asked: Asked, checked: Checked) -> Need:
+    return Need(
+        input_tokens=checked.input_bound,
+        output_tokens=checked.count * checked.max_output_tokens,
+        is_exact=checked.is_input_exact,
+        input_field=f"spec.{asked.spec.WhichOneof('input')}",
+    )
 
 
 class _lookup:  # noqa: N801 - a context manager, used as a function

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 from maas.engine.v1 import engine_pb2
@@ -20,6 +20,7 @@ from libs.errors import (
     Violation,
 )
 from services.gateway import convert
+from services.gateway.meter import Meter
 from services.gateway.placement import Placed, Placer, Wanted
 from services.gateway.rich import AnySink
 
@@ -50,6 +51,7 @@ class Attempts:
         time_limit_s: monotonic time at which the output ends well; None for none.
         affinity: requests with equal bytes prefer the same worker.
         new_sink: makes where the events of the first attempt arrive.
+        meter: what all attempts took of their engines.
     """
 
     placer: Placer
@@ -62,6 +64,7 @@ class Attempts:
     time_limit_s: float | None
     affinity: bytes
     new_sink: Callable[[], AnySink]
+    meter: Meter = field(default_factory=Meter)
 
     async def first(self) -> Placed:
         """Places it.
@@ -145,6 +148,11 @@ class Attempts:
                 attempt.time_limit.CopyFrom(convert.duration_to_pb(left_s))
             return attempt
 
+        def metered() -> AnySink:
+            sink = new_sink()
+            sink.meter = self.meter
+            return sink
+
         wanted = Wanted(
             execution_id=self.generation_id,
             model_version=self.execution.model_version,
@@ -154,7 +162,7 @@ class Attempts:
             places=max(self.execution.output.count, 1),
             affinity=self.affinity,
             priority=self.execution.priority,
-            new_sink=new_sink,
+            new_sink=metered,
         )
         try:
             return await self.placer.place(wanted, make)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from libs.clock import Clock
 from libs.process import Background
+from libs.receipts import ReceiptSigner
 from services.gateway.journal import Journal
 from services.gateway.release import Releaser
 from services.gateway.settlement import Settler
@@ -24,6 +25,7 @@ class Books:
         releaser: releases output.
         background: runs what moves generations to other workers.
         move_wait_s: how long a generation whose worker was lost waits for another one.
+        signer: signs receipts; None makes none.
     """
 
     journal: Journal
@@ -33,3 +35,4 @@ class Books:
     releaser: Releaser
     background: Background
     move_wait_s: float
+    signer: ReceiptSigner | None = None

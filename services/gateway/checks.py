@@ -39,6 +39,9 @@ class Checked:
         may_reason: a worker may split reasoning from the text, be it asked to or not.
         count: outputs.
         max_output_tokens: most tokens of each output.
+        input_bound: most tokens that the prompt can have.
+        is_input_exact: it has as many, and not only at most.
+        is_background: it runs when nothing else waits, and may cost less.
         most: nanos that it can cost at most: what is held for it.
     """
 
@@ -48,6 +51,9 @@ class Checked:
     may_reason: bool
     count: int
     max_output_tokens: int
+    input_bound: int
+    is_input_exact: bool
+    is_background: bool
     most: int
 
 
@@ -90,14 +96,18 @@ class Checks:
             _require(spec, able, offering.name)
         adapter = self._adapter(spec, offering, project) if spec.adapter else None
         price = self._prices.get(offering.name, self._clock.now())
+        is_background = spec.priority == generation_pb2.PRIORITY_CLASS_BACKGROUND
         max_output_tokens = _max_output_tokens(spec, offering)
         count = spec_rules.count_of(spec)
-        most: int = price.charge(
-            input_tokens=prompt_bound(prompt_size(spec, offering.context_length), offering),
+        size = prompt_size(spec, offering.context_length)
+        input_bound = prompt_bound(size, offering)
+        most: int = price.rates.most(
+            input_tokens=input_bound,
             output_tokens=count * max_output_tokens,
+            is_background=is_background,
         )
         if spec.HasField("max_charge"):
-            _check_max_charge(spec)
+            _check_max_charge(spec, price, is_background=is_background)
             most = min(most, spec.max_charge.nanos)
         return Checked(
             offering=offering,
@@ -106,6 +116,9 @@ class Checks:
             may_reason=self._workers.may_reason(offering.model_version),
             count=count,
             max_output_tokens=max_output_tokens,
+            input_bound=input_bound,
+            is_input_exact=size.is_exact,
+            is_background=is_background,
             most=most,
         )
 
@@ -154,7 +167,9 @@ def _max_output_tokens(spec: generation_pb2.GenerationSpec, offering: Offering) 
     return wanted
 
 
-def _check_max_charge(spec: generation_pb2.GenerationSpec) -> None:
+def _check_max_charge(
+    spec: generation_pb2.GenerationSpec, price: Price, *, is_background: bool
+) -> None:
     limit = spec.max_charge
     if limit.currency_code != CURRENCY:
         raise InvalidArgument(
@@ -169,3 +184,10 @@ def _check_max_charge(spec: generation_pb2.GenerationSpec) -> None:
         )
     if limit.nanos <= 0:
         raise invalid_field("spec.max_charge.nanos", FieldRule.OUT_OF_RANGE, "must be above 0")
+    left = price.bound(limit.nanos, is_background=is_background).nanos
+    if left < 0:
+        raise invalid_field(
+            "spec.max_charge",
+            FieldRule.OUT_OF_RANGE,
+            f"must be at least {limit.nanos - left} nanos, the price of a request, and its tokens",
+        )

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import structlog
 from google.protobuf.descriptor import ServiceDescriptor
 from maas.billing.v1 import (
     credit_slice_service_pb2,
     credit_slice_service_pb2_grpc,
+    limit_service_pb2,
+    limit_service_pb2_grpc,
     price_service_pb2,
     price_service_pb2_grpc,
+    quota_service_pb2,
+    quota_service_pb2_grpc,
 )
 from maas.catalog.v1 import (
     adapter_service_pb2,
@@ -26,16 +30,19 @@ from maas.scheduler.v1 import (
     worker_service_pb2_grpc,
 )
 
-from libs.errors import FailedPrecondition, MaasError, NotFound
+from libs.errors import FailedPrecondition, MaasError, NotFound, Reason, ResourceExhausted
 from libs.process import Background
 from libs.rpc import Peer, follow
 from services.gateway import convert
 from services.gateway.domain import Charged
 from services.gateway.journal import Journal
+from services.gateway.limits import Limits
 from services.gateway.links import LinkPool
 from services.gateway.placement import Slot, Wanted
+from services.gateway.places import Claim, Held
+from services.gateway.quotas import Amount, Key, Taken
 from services.gateway.settlement import Settled, Settlement
-from services.gateway.slices import Grant
+from services.gateway.slices import Grant, Purse
 from services.gateway.spares import Lease, Spare
 from services.gateway.tables import Adapters, Offerings, Prices, Workers
 
@@ -47,7 +54,9 @@ CATALOG_SERVICES: list[ServiceDescriptor] = [
 ]
 BILLING_SERVICES: list[ServiceDescriptor] = [
     credit_slice_service_pb2.DESCRIPTOR.services_by_name["CreditSliceService"],
+    limit_service_pb2.DESCRIPTOR.services_by_name["LimitService"],
     price_service_pb2.DESCRIPTOR.services_by_name["PriceService"],
+    quota_service_pb2.DESCRIPTOR.services_by_name["QuotaService"],
 ]
 SCHEDULER_SERVICES: list[ServiceDescriptor] = [
     placement_service_pb2.DESCRIPTOR.services_by_name["PlacementService"],
@@ -56,6 +65,9 @@ SCHEDULER_SERVICES: list[ServiceDescriptor] = [
 CLOSE_MAX = 500
 # Spares are asked for in the background; an answer that takes longer is not worth waiting for.
 LEASE_WAIT_S = 1.0
+# Quota is asked for while a client waits: billing that does not answer by then is away.
+QUOTA_WAIT_S = 2.0
+PLACES_WAIT_S = 1.0
 
 
 async def follow_offerings(peer: Peer, table: Offerings) -> None:
@@ -98,6 +110,21 @@ async def follow_prices(peer: Peer, table: Prices) -> None:
     await follow(peer, stub.WatchPrices, price_service_pb2.WatchPricesRequest(), apply)
 
 
+async def follow_limits(peer: Peer, table: Limits) -> None:
+    """Feeds the table of limits, for ever."""
+
+    def apply(response: limit_service_pb2.WatchLimitsResponse, is_snapshot: bool) -> None:  # noqa: FBT001 - signature of follow
+        table.apply(
+            [convert.limit_from_pb(message) for message in response.limits],
+            is_snapshot=is_snapshot,
+            is_complete=response.snapshot_complete,
+        )
+
+    stub = limit_service_pb2_grpc.LimitServiceStub(peer.channel)
+    request = limit_service_pb2.WatchLimitsRequest()
+    await follow(peer, stub.WatchLimits, request, apply, on_open=table.begin)
+
+
 async def follow_workers(peer: Peer, table: Workers, links: LinkPool) -> None:
     """Feeds the table of workers and opens links to them ahead of their first use, for ever.
 
@@ -130,20 +157,26 @@ class BillingClient:
         self._holder = holder
         self._stub = credit_slice_service_pb2_grpc.CreditSliceServiceStub(peer.channel)
 
-    async def acquire(self, slice_id: str, account: str, required: int, wanted: int) -> Grant:
+    async def acquire(self, slice_id: str, purse: Purse, required: int, wanted: int) -> Grant:
         """Sets money aside. Raises as AcquireSlice does."""
         self._journal.slice_wanted(slice_id)
         request = credit_slice_service_pb2.AcquireSliceRequest(
             slice_id=slice_id,
-            account=account,
+            account=purse.account,
+            project=purse.project,
+            api_key=purse.api_key,
             holder=self._holder,
             required_nanos=required,
             wanted_nanos=wanted,
         )
         try:
             response = await self._peer.call(self._stub.AcquireSlice, request)
-        except (FailedPrecondition, NotFound):
-            self._journal.slices_closed([slice_id])
+        except (FailedPrecondition, NotFound, ResourceExhausted) as error:
+            if not isinstance(error, ResourceExhausted) or (
+                error.reason is Reason.SPEND_LIMIT_REACHED
+            ):
+                # Nothing was set aside, for sure.
+                self._journal.slices_closed([slice_id])
             raise
         return Grant(response.granted_nanos, response.lease_duration.ToTimedelta().total_seconds())
 
@@ -151,7 +184,10 @@ class BillingClient:
         """Settles and renews. Raises as Settle does."""
         request = credit_slice_service_pb2.SettleRequest(
             settlements=[
-                convert.settlement_to_pb(item.opening, item.closing) for item in settlements
+                convert.settlement_to_pb(
+                    item.opening, item.closing, engine_time_ns=item.engine_time_ns
+                )
+                for item in settlements
             ],
             renew_slice_ids=renew,
         )
@@ -177,6 +213,53 @@ class BillingClient:
                 credit_slice_service_pb2.CloseSlicesRequest(slice_ids=part, holder=self._holder),
             )
             self._journal.slices_closed(part)
+
+
+class QuotaClient:
+    """Shares of rate limits."""
+
+    def __init__(self, peer: Peer, holder: str) -> None:
+        self._peer = peer
+        self._holder = holder
+        self._stub = quota_service_pb2_grpc.QuotaServiceStub(peer.channel)
+
+    async def take(self, amounts: list[Amount]) -> Taken:
+        """Takes from limits, all or nothing. Raises as TakeQuota does."""
+        request = quota_service_pb2.TakeQuotaRequest(
+            holder=self._holder,
+            amounts=[convert.quota_to_pb(item.key, item.required, item.wanted) for item in amounts],
+        )
+        response = await self._peer.call(self._stub.TakeQuota, request, timeout_s=QUOTA_WAIT_S)
+        if response.HasField("retry_after"):
+            return Taken(
+                retry_after_s=convert.seconds_of(response.retry_after),
+                refused=response.refused_index,
+            )
+        return Taken(
+            granted=tuple(response.granted), lease_s=convert.seconds_of(response.lease_duration)
+        )
+
+    async def give_back(self, amounts: Mapping[Key, int]) -> None:
+        """Gives back what was not used, at most 64 amounts. Raises as GiveBackQuota does."""
+        request = quota_service_pb2.GiveBackQuotaRequest(
+            holder=self._holder,
+            amounts=[convert.quota_to_pb(key, count, 0) for key, count in amounts.items()],
+        )
+        await self._peer.call(self._stub.GiveBackQuota, request, timeout_s=QUOTA_WAIT_S)
+
+    async def hold(self, claims: list[Claim]) -> Held:
+        """Holds places, and gives back what is not named. Raises as HoldPlaces does."""
+        request = quota_service_pb2.HoldPlacesRequest(
+            holder=self._holder,
+            places=[
+                quota_service_pb2.Places(limit=claim.limit, count=claim.wanted, in_use=claim.in_use)
+                for claim in claims
+            ],
+        )
+        response = await self._peer.call(self._stub.HoldPlaces, request, timeout_s=PLACES_WAIT_S)
+        return Held(
+            [item.count for item in response.places], convert.seconds_of(response.lease_duration)
+        )
 
 
 class SchedulerClient:

@@ -29,7 +29,8 @@ class GatewaySection(Section):
     Attributes:
         instance: names this gateway among all; part of every generation id.
         journal_dir: folder of the usage journal; must outlive the process.
-        slice_nanos: size of a credit slice, nanos; a request that needs more gets more.
+        slice_nanos: largest credit slice, nanos; a request that needs more gets more.
+        slice_refill: a slice is to last for two of these; the shorter, the smaller are slices.
         slice_idle: a slice without work for this long is given back.
         settle_interval: longest time between an end and its settlement.
         queue_wait: longest wait for a place on a worker.
@@ -48,11 +49,14 @@ class GatewaySection(Section):
             prefix caches of tenants apart. Without it each start makes one of its own, and caches
             are shared neither between gateways nor across their restarts.
         embeds_max: calls at the same time that embed; of one project a quarter of it.
+        receipt_key_file: file with the Ed25519 seed that receipts are signed with, base64 of 32
+            bytes. Billing has to know its public key. Without it there are no receipts.
     """
 
     instance: str = pydantic.Field(pattern="^[a-z][a-z0-9-]{0,30}$")
     journal_dir: Path
     slice_nanos: int = pydantic.Field(default=20_000_000, ge=1)
+    slice_refill: Seconds = 1.0
     slice_idle: Seconds = 2.0
     settle_interval: Seconds = 0.1
     queue_wait: Seconds = 30.0
@@ -66,6 +70,7 @@ class GatewaySection(Section):
     questions_max: int = pydantic.Field(default=64, ge=1)
     cache_secret_file: Path | None = None
     embeds_max: int = pydantic.Field(default=256, ge=1)
+    receipt_key_file: Path | None = None
 
 
 class Config(ServiceConfig):

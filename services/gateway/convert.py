@@ -7,14 +7,19 @@ from datetime import UTC, datetime, timedelta
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
-from maas.billing.v1 import credit_slice_service_pb2, ledger_pb2
+from maas.billing.v1 import (
+    credit_slice_service_pb2,
+    ledger_pb2,
+    limit_service_pb2,
+    quota_service_pb2,
+)
 from maas.catalog.v1 import model_pb2
-from maas.common.v1 import money_pb2, usage_pb2
+from maas.common.v1 import money_pb2, receipt_pb2, usage_pb2
 from maas.engine.v1 import engine_pb2
 from maas.inference.v1 import generation_pb2
 from maas.scheduler.v1 import placement_service_pb2, worker_pb2
 
-from libs.units import CURRENCY
+from libs.units import CURRENCY, Rates
 from services.gateway.domain import (
     Adapter,
     Charged,
@@ -25,18 +30,25 @@ from services.gateway.domain import (
     Usage,
     usage_of,
 )
+from services.gateway.limits import Limit, Rate
 from services.gateway.placement import Slot, Target
+from services.gateway.quotas import Key
 from services.gateway.spares import Spare
 from services.gateway.tables import Worker
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _SECOND = timedelta(seconds=1)
+_BILLION = 1_000_000_000
 
 
 def duration_to_pb(seconds: float) -> Duration:
     """Turns seconds into a Duration."""
-    nanos = round(seconds * 1e9)
-    return Duration(seconds=nanos // 1_000_000_000, nanos=nanos % 1_000_000_000)
+    return nanoseconds_to_pb(round(seconds * 1e9))
+
+
+def nanoseconds_to_pb(nanoseconds: int) -> Duration:
+    """Turns nanoseconds into a Duration."""
+    return Duration(seconds=nanoseconds // _BILLION, nanos=nanoseconds % _BILLION)
 
 
 def seconds_of(duration: Duration) -> float:
@@ -71,14 +83,56 @@ def price_from_pb(message: ledger_pb2.Price) -> Price:
     return Price(
         name=message.name,
         offering=message.offering,
-        input_price=message.input_price_per_million.nanos,
-        output_price=message.output_price_per_million.nanos,
-        effective_time=message.effective_time.ToDatetime(UTC),
-        cached_input_price=(
-            message.cached_input_price_per_million.nanos
-            if message.HasField("cached_input_price_per_million")
-            else None
+        rates=Rates(
+            input_price=message.input_price_per_million.nanos,
+            output_price=message.output_price_per_million.nanos,
+            cached_input_price=(
+                message.cached_input_price_per_million.nanos
+                if message.HasField("cached_input_price_per_million")
+                else None
+            ),
+            reasoning_price=(
+                message.reasoning_price_per_million.nanos
+                if message.HasField("reasoning_price_per_million")
+                else None
+            ),
+            request_price=message.request_price.nanos,
+            background_discount_percent=message.background_discount_percent,
         ),
+        effective_time=message.effective_time.ToDatetime(UTC),
+    )
+
+
+def limit_from_pb(message: limit_service_pb2.Limit) -> Limit:
+    """Reads a limit."""
+    rate = message.rate
+    has = rate.HasField
+    return Limit(
+        name=message.name,
+        account=message.account,
+        scope=message.scope,
+        rate=Rate(
+            requests=rate.requests_per_minute if has("requests_per_minute") else None,
+            input_tokens=(rate.input_tokens_per_minute if has("input_tokens_per_minute") else None),
+            output_tokens=(
+                rate.output_tokens_per_minute if has("output_tokens_per_minute") else None
+            ),
+            generations=rate.concurrent_generations if has("concurrent_generations") else None,
+        )
+        if message.HasField("rate")
+        else None,
+        is_deleted=message.deleted,
+    )
+
+
+def quota_to_pb(key: Key, required: int, wanted: int) -> quota_service_pb2.QuotaAmount:
+    """Makes an amount of a limit."""
+    limit, metric = key
+    return quota_service_pb2.QuotaAmount(
+        limit=limit,
+        metric=quota_service_pb2.QuotaMetric.ValueType(metric.value),
+        required=required,
+        wanted=wanted,
     )
 
 
@@ -166,9 +220,13 @@ def execution_to_pb(
         execution.adapter.path = adapter.path
         execution.adapter.digest = adapter.digest
     if spec.HasField("max_charge"):
-        execution.charge_limit.nanos = spec.max_charge.nanos
-        execution.charge_limit.input_price = price.input_price
-        execution.charge_limit.output_price = price.output_price
+        bound = price.bound(
+            spec.max_charge.nanos,
+            is_background=spec.priority == generation_pb2.PRIORITY_CLASS_BACKGROUND,
+        )
+        execution.charge_limit.nanos = bound.nanos
+        execution.charge_limit.input_price = bound.input_price
+        execution.charge_limit.output_price = bound.output_price
     if interval_s > 0:
         execution.output_interval.CopyFrom(duration_to_pb(interval_s))
     match spec.WhichOneof("input"):
@@ -219,8 +277,21 @@ def usage_to_pb(usage: Usage) -> usage_pb2.TokenUsage:
     )
 
 
-def settlement_to_pb(opening: Opening, closing: Closing) -> credit_slice_service_pb2.Settlement:
-    """Makes what billing settles."""
+def receipt_to_pb(receipt: bytes) -> receipt_pb2.SignedReceipt | None:
+    """Reads a receipt that was kept; None when there is none."""
+    return receipt_pb2.SignedReceipt.FromString(receipt) if receipt else None
+
+
+def settlement_to_pb(
+    opening: Opening, closing: Closing, *, engine_time_ns: int
+) -> credit_slice_service_pb2.Settlement:
+    """Makes what billing settles.
+
+    Args:
+        opening: from the acceptance.
+        closing: from the end.
+        engine_time_ns: nanoseconds of engines that are known of by now.
+    """
     return credit_slice_service_pb2.Settlement(
         generation_id=opening.generation_id,
         slice_id=opening.slice_id,
@@ -238,6 +309,9 @@ def settlement_to_pb(opening: Opening, closing: Closing) -> credit_slice_service
         request_sha256=bytes.fromhex(opening.request_sha256),
         labels=opening.labels,
         end_user=opening.end_user,
+        engine_time=nanoseconds_to_pb(engine_time_ns),
+        background=opening.background,
+        receipt=receipt_to_pb(closing.receipt),
     )
 
 

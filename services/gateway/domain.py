@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from libs.errors import Reason
-from libs.units import Nanos, affordable_output_tokens, charge_usage
+from libs.units import Nanos, Rates
 
 # A tokenizer may put a beginning-of-sequence token and a space before plain text.
 TEXT_OVERHEAD_TOKENS = 2
+_PERCENT = 100
 
 
 class EndCause(enum.Enum):
@@ -95,45 +96,68 @@ class Price:
     Attributes:
         name: "prices/{price}".
         offering: "offerings/{offering}".
-        input_price: nanos per million input tokens.
-        output_price: nanos per million output tokens.
+        rates: what tokens and requests cost.
         effective_time: from when on it is in force.
-        cached_input_price: nanos per million input tokens that the prefix cache had; None for
-            that of the others.
     """
 
     name: str
     offering: str
-    input_price: int
-    output_price: int
+    rates: Rates
     effective_time: datetime
-    cached_input_price: int | None = None
 
-    def charge(
-        self, *, input_tokens: int, output_tokens: int, cached_input_tokens: int = 0
-    ) -> Nanos:
-        """Prices a generation. Without a cached count it is the most that it can cost."""
-        return charge_usage(
-            input_tokens=input_tokens,
-            output_tokens=output_tokens,
-            input_price=self.input_price,
-            output_price=self.output_price,
-            cached_input_tokens=cached_input_tokens,
-            cached_input_price=self.cached_input_price,
+    def charge(self, usage: Usage, *, is_background: bool) -> Nanos:
+        """Prices what was released."""
+        return self.rates.charge(
+            input_tokens=usage.input_tokens,
+            output_tokens=usage.output_tokens,
+            cached_input_tokens=usage.cached_input_tokens,
+            reasoning_tokens=usage.reasoning_tokens,
+            is_background=is_background,
         )
 
-    def affordable(self, *, nanos: int, input_tokens: int, at_most: int) -> int:
+    def affordable(
+        self, *, nanos: int, input_tokens: int, at_most: int, is_background: bool
+    ) -> int:
         """Returns how many output tokens an amount pays for beside the input, up to a number.
 
         Negative when the amount does not pay for the input.
         """
-        tokens = affordable_output_tokens(
-            nanos=nanos,
-            input_tokens=input_tokens,
-            input_price=self.input_price,
-            output_price=self.output_price,
+        tokens = self.rates.affordable(
+            nanos=nanos, input_tokens=input_tokens, is_background=is_background
         )
         return at_most if tokens is None else min(tokens, at_most)
+
+    def bound(self, nanos: int, *, is_background: bool) -> Bound:
+        """Says a bound of a charge in the two prices that a worker knows of.
+
+        What a worker ends by never costs more than the bound: the price of the request comes off
+        first, output has the price of the dearest, and a discount that leaves parts of a nano per
+        million tokens is rounded in our favour, which matters from some million tokens on.
+        """
+        rates = self.rates
+        paid = _PERCENT - (rates.background_discount_percent if is_background else 0)
+        request = rates.most(input_tokens=0, output_tokens=0, is_background=is_background)
+        dearest = max(rates.output_price, rates.reasoning_price or 0)
+        return Bound(
+            nanos=nanos - request,
+            input_price=-(-rates.input_price * paid // _PERCENT),
+            output_price=-(-dearest * paid // _PERCENT),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bound:
+    """A bound of a charge, for a worker.
+
+    Attributes:
+        nanos: for tokens; negative when the request alone costs more.
+        input_price: nanos per million input tokens.
+        output_price: nanos per million output tokens.
+    """
+
+    nanos: int
+    input_price: int
+    output_price: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,16 +169,18 @@ class PromptSize:
         message_count: turns of a chat; 0 for text and token ids.
         tool_count: tools, and calls of tools in the turns: the template writes something around
             each of them, as around a turn.
+        is_exact: nothing is added to it: token ids are the prompt.
     """
 
     content_units: int
     message_count: int
     tool_count: int = 0
+    is_exact: bool = False
 
 
 def prompt_bound(size: PromptSize, offering: Offering) -> int:
     """Bounds the tokens of a prompt: bytes plus what the template adds, within the context."""
-    overhead = TEXT_OVERHEAD_TOKENS
+    overhead = 0 if size.is_exact else TEXT_OVERHEAD_TOKENS
     if size.message_count:
         overhead += offering.prompt_overhead_tokens
         pieces = size.message_count + size.tool_count
@@ -223,6 +249,7 @@ class Opening:
         request_sha256: hexadecimal digest of what was asked for, with request_id.
         labels: of the request.
         end_user: the caller's own id of whom the request was for.
+        background: it runs in PRIORITY_CLASS_BACKGROUND, which may cost less.
     """
 
     generation_id: str
@@ -239,6 +266,7 @@ class Opening:
     request_sha256: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     end_user: str = ""
+    background: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,6 +296,8 @@ class Closing:
         end_time: UTC.
         cached_input_tokens: the part of the input that the prefix cache had.
         reasoning_tokens: the part of output_tokens that is reasoning.
+        engine_time_ns: nanoseconds that workers said it took of their engines.
+        receipt: a serialized SignedReceipt of it; empty for none.
     """
 
     output_tokens: int
@@ -275,6 +305,8 @@ class Closing:
     end_time: datetime
     cached_input_tokens: int = 0
     reasoning_tokens: int = 0
+    engine_time_ns: int = 0
+    receipt: bytes = b""
 
 
 def usage_of(opening: Opening, closing: Closing) -> Usage:

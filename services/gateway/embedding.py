@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 from maas.common.v1 import usage_pb2
@@ -41,9 +41,13 @@ from services.gateway.domain import (
     Opening,
     Price,
     PromptSize,
+    Usage,
     prompt_bound,
 )
 from services.gateway.embed_placement import ANSWER_WAIT_S, EmbedPlacer, Made
+from services.gateway.limits import Limits
+from services.gateway.quotas import Need, Quotas, Ticket
+from services.gateway.receipts import signed_receipt
 from services.gateway.settlement import Settlement
 from services.gateway.slices import Hold
 from services.gateway.tables import Offerings, Prices, Workers, no_ready_worker
@@ -62,12 +66,14 @@ class _Checked:
         offering: that was called.
         price: in force when the call came.
         dimensions: numbers of each embedding of the answer.
+        input_bound: most tokens that the inputs can have.
         most: nanos that it can cost at most.
     """
 
     offering: Offering
     price: Price
     dimensions: int
+    input_bound: int
     most: int
 
 
@@ -82,6 +88,8 @@ class Embeddings:
         offerings: Offerings,
         prices: Prices,
         workers: Workers,
+        limits: Limits,
+        quotas: Quotas,
         placer: EmbedPlacer,
         turnstile: Turnstile,
         is_revoked: Callable[[str], bool],
@@ -93,12 +101,14 @@ class Embeddings:
         self._offerings = offerings
         self._prices = prices
         self._workers = workers
+        self._limits = limits
+        self._quotas = quotas
         self._placer = placer
         self._turnstile = turnstile
         self._is_revoked = is_revoked
         self._random_bits = random_bits
         # Calls in flight, by the id of their key.
-        self._limits: dict[str, set[asyncio.Timeout]] = {}
+        self._in_flight: dict[str, set[asyncio.Timeout]] = {}
 
     async def embed(
         self, request: embedding_service_pb2.EmbedRequest, call: Call
@@ -113,25 +123,57 @@ class Embeddings:
             MaasError: it is refused, or no worker does it. Nothing is charged.
         """
         principal = call.require_principal()
-        with self._turnstile.passing(f"projects/{principal.project}"):
+        project = f"projects/{principal.project}"
+        with self._turnstile.passing(project):
             checked = self._check(request)
-            account = f"accounts/{principal.organization}"
-            async with self._until_revoked(principal.key_id):
-                hold = await self._books.slices.reserve(account, checked.most)
+            scopes = (
+                f"accounts/{principal.organization}",
+                project,
+                f"apiKeys/{principal.key_id}",
+            )
+            async with (
+                self._until_revoked(principal.key_id),
+                self._quota(scopes, checked) as quota,
+            ):
+                purse = self._limits.purse_of(*scopes)
+                hold = await self._books.slices.reserve(purse, checked.most)
                 try:
-                    return await self._embed(request, call, checked, hold)
+                    return await self._embed(request, call, checked, hold, quota)
                 finally:
                     # What is owed is no part of it any more.
                     self._books.slices.release(hold)
 
     def revoke(self, key_id: str) -> None:
         """Ends all calls that were made with a key. They cost nothing."""
-        for limit in self._limits.get(key_id, ()):
+        for limit in self._in_flight.get(key_id, ()):
             limit.reschedule(asyncio.get_running_loop().time())
 
     async def drain(self) -> None:
         """Refuses new calls and waits for those in flight."""
         await self._turnstile.drain()
+
+    @asynccontextmanager
+    async def _quota(
+        self, scopes: tuple[str, str, str], checked: _Checked
+    ) -> AsyncIterator[Ticket | None]:
+        """Takes quota for the block, which has used it when it ends well.
+
+        Raises:
+            MaasError: a rate limit has no room.
+        """
+        limits = self._limits.of(scopes[0])
+        rates = () if limits is None else limits.rates(*scopes)
+        if not rates:
+            yield None
+            return
+        need = Need(input_tokens=checked.input_bound, input_field="inputs")
+        ticket = await self._quotas.take(rates, need)
+        try:
+            yield ticket
+        except BaseException:
+            ticket.cancel()
+            raise
+        ticket.end(0)
 
     @asynccontextmanager
     async def _until_revoked(self, key_id: str) -> AsyncIterator[None]:
@@ -141,7 +183,7 @@ class Embeddings:
             Unauthenticated: it was.
         """
         limit = asyncio.timeout(None)
-        limits = self._limits.setdefault(key_id, set())
+        limits = self._in_flight.setdefault(key_id, set())
         limits.add(limit)
         try:
             async with limit:
@@ -153,7 +195,7 @@ class Embeddings:
         finally:
             limits.remove(limit)
             if not limits:
-                del self._limits[key_id]
+                del self._in_flight[key_id]
 
     async def _embed(
         self,
@@ -161,6 +203,7 @@ class Embeddings:
         call: Call,
         checked: _Checked,
         hold: Hold,
+        quota: Ticket | None,
     ) -> embedding_service_pb2.EmbedResponse:
         principal = call.require_principal()
         project = f"projects/{principal.project}"
@@ -181,6 +224,8 @@ class Embeddings:
             raise revoked()
         response = _answer(request, checked, made)
         input_tokens = sum(made.response.input_tokens)
+        if quota is not None:
+            quota.accepted(input_tokens)
         opening = Opening(
             generation_id=generation_id,
             slice_id=hold.slice.slice_id,
@@ -224,7 +269,8 @@ class Embeddings:
             offering=offering,
             price=price,
             dimensions=dimensions,
-            most=price.charge(input_tokens=bound, output_tokens=0),
+            input_bound=bound,
+            most=price.rates.most(input_tokens=bound, output_tokens=0),
         )
 
     def _dimensions(self, request: embedding_service_pb2.EmbedRequest, offering: Offering) -> int:
@@ -251,7 +297,8 @@ class Embeddings:
             Unavailable: it cannot be journaled; nothing is charged.
         """
         books = self._books
-        charge: int = price.charge(input_tokens=opening.input_tokens, output_tokens=0)
+        usage = Usage(input_tokens=opening.input_tokens, output_tokens=0)
+        charge: int = price.charge(usage, is_background=False)
         missing = charge - hold.nanos
         if missing > 0 and not books.slices.try_grow(hold, missing):
             raise FailedPrecondition(
@@ -264,9 +311,10 @@ class Embeddings:
                     "currency": CURRENCY,
                 },
             )
+        closing = Closing(output_tokens=0, cause=EndCause.COMPLETED, end_time=self._clock.now())
+        closing = replace(closing, receipt=signed_receipt(books.signer, opening, closing, charge))
         ordinal = books.journal.opened(opening)
         books.slices.owe(hold, charge)
-        closing = Closing(output_tokens=0, cause=EndCause.COMPLETED, end_time=self._clock.now())
         try:
             books.journal.closed(ordinal, closing)
         except MaasError:

@@ -131,6 +131,7 @@ def finished(generation: Generation) -> Frame:
                 usage=convert.usage_to_pb(generation.usage),
                 timings=timings(generation),
                 charge=convert.money_to_pb(generation.charge),
+                receipt=convert.receipt_to_pb(generation.receipt),
             ),
             output_tokens=generation.output_tokens,
         )
@@ -186,4 +187,5 @@ def result(generation: Generation) -> generation_pb2.Generation:
         charge=convert.money_to_pb(generation.charge),
         create_time=convert.timestamp_to_pb(opening.start_time),
         seed=generation.terms.seed,
+        receipt=convert.receipt_to_pb(generation.receipt),
     )

@@ -13,6 +13,7 @@ from libs.auth import KeyTable
 from libs.clock import Clock
 from libs.errors import MaasError
 from libs.process import Background
+from libs.receipts import ReceiptSigner
 from libs.rpc import Peer
 from services.gateway import clients
 from services.gateway.admission import Admission, Rules
@@ -24,15 +25,18 @@ from services.gateway.embed_placement import EmbedPlacer
 from services.gateway.embedding import Embeddings
 from services.gateway.inquiries import Inquirer
 from services.gateway.journal import Journal
+from services.gateway.limits import Limits
 from services.gateway.links import LinkPool
-from services.gateway.operations import Generations, Limits
+from services.gateway.operations import Bounds, Generations
 from services.gateway.placement import Placer
+from services.gateway.places import Places
+from services.gateway.quotas import Quotas
 from services.gateway.quote import Quotes
 from services.gateway.release import Releaser
 from services.gateway.replay import Budget
 from services.gateway.salt import Salts
 from services.gateway.settlement import Settlement, Settler
-from services.gateway.slices import SliceBook
+from services.gateway.slices import Sizes, SliceBook
 from services.gateway.spares import Spares
 from services.gateway.tables import Adapters, Offerings, Prices, Table, Workers
 from services.gateway.tokenization import Tokenization
@@ -60,6 +64,7 @@ class Gateway:
         keys: KeyTable,
         clock: Clock,
         cache_secret: bytes,
+        signer: ReceiptSigner | None = None,
     ) -> None:
         self._clock = clock
         self._journal = journal
@@ -67,6 +72,17 @@ class Gateway:
         self._billing = clients.BillingClient(billing, journal, config.instance)
         placement = clients.SchedulerClient(scheduler, background)
         self.offerings, self.prices, self.workers = Offerings(), Prices(), Workers()
+        self.limits = Limits()
+        quota_client = clients.QuotaClient(billing, config.instance)
+        self._places = Places(quota_client.hold, clock)
+        self._quotas = quotas = Quotas(
+            take=quota_client.take,
+            give_back=quota_client.give_back,
+            places=self._places,
+            clock=clock,
+        )
+        background.start(self._places.run(), name="places")
+        background.start(quotas.run(), name="quotas")
         # Not waited for at the start: only requests that name an adapter need it.
         self.adapters = Adapters()
         self.links = LinkPool(credential, background)
@@ -75,8 +91,12 @@ class Gateway:
             close=self._billing.close,
             new_id=lambda: f"{config.instance}-{ids.ulid(clock.now(), secrets.randbits(80))}",
             clock=clock,
-            slice_nanos=config.slice_nanos,
-            slices_max=config.slices_max,
+            sizes=Sizes(
+                nanos_max=config.slice_nanos,
+                refill_s=config.slice_refill,
+                count_max=config.slices_max,
+            ),
+            start=lambda refill: background.start(refill, name="refill slice"),
         )
         self._settler = Settler(
             settle=self._billing.settle,
@@ -103,6 +123,7 @@ class Gateway:
             releaser=Releaser(journal),
             background=background,
             move_wait_s=config.move_wait,
+            signer=signer,
         )
         checks = Checks(
             offerings=self.offerings,
@@ -117,6 +138,8 @@ class Gateway:
             books=books,
             budget=budget,
             checks=checks,
+            limits=self.limits,
+            quotas=quotas,
             salts=Salts(cache_secret),
             placer=Placer(
                 acquire=placement.acquire,
@@ -131,7 +154,7 @@ class Gateway:
         )
         self.generations = Generations(
             instance=config.instance,
-            limits=Limits(
+            bounds=Bounds(
                 generations_max=config.generations_max,
                 stall_limit_s=config.stall_limit,
                 replay_window_s=config.replay_window,
@@ -161,6 +184,8 @@ class Gateway:
             offerings=self.offerings,
             prices=self.prices,
             workers=self.workers,
+            limits=self.limits,
+            quotas=quotas,
             placer=EmbedPlacer(
                 acquire=placement.acquire,
                 release=placement.release,
@@ -180,7 +205,7 @@ class Gateway:
         await self._replay()
         self._background.start(self._settler.run(), name="settle")
         self._background.start(self.generations.watch(), name="watch generations")
-        tables: Sequence[Table] = (self.offerings, self.prices, self.workers)
+        tables: Sequence[Table] = (self.offerings, self.prices, self.limits, self.workers)
         for table in tables:
             await table.wait()
 
@@ -194,6 +219,8 @@ class Gateway:
         try:
             async with asyncio.timeout(SETTLE_WAIT_S):
                 await self._settler.finish()
+                await self._quotas.flush()
+                await self._places.close()
         except TimeoutError:
             log.warning("settlements wait for the next start", queued=self._settler.queued)
 

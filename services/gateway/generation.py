@@ -16,6 +16,7 @@ from maas.engine.v1 import engine_pb2
 from maas.inference.v1 import generation_pb2, scores_pb2
 
 from libs.errors import Internal, MaasError, Reason
+from services.gateway.meter import Meter
 
 # Rows in one chunk. A row is a token, or some that were merged on the way.
 ROWS_MAX = 1024
@@ -80,6 +81,10 @@ class Inlet(Protocol):
         """
         ...
 
+    def took(self, engine_time_ns: int) -> None:
+        """The output has ended, however, and took so many nanoseconds of the engine."""
+        ...
+
     def finish(self, end: generation_pb2.OutputEnd) -> None:
         """The output has ended well."""
         ...
@@ -99,6 +104,7 @@ class Intake(Protocol):
     is_over: bool
     has_output: bool
     cached_tokens: int
+    meter: Meter
 
     @property
     def waiting(self) -> int:
@@ -138,6 +144,7 @@ class Sink:
         is_over: the output has ended well; some of it may still have to be taken.
         has_output: there is something to take.
         cached_tokens: of the prompt, that the prefix cache had.
+        meter: of the generation that it belongs to.
     """
 
     accepted: asyncio.Future[int]
@@ -147,6 +154,7 @@ class Sink:
     is_over: bool = False
     has_output: bool = False
     cached_tokens: int = 0
+    meter: Meter = field(default_factory=Meter)
     _texts: list[str] = field(default_factory=list)
     _token_ids: list[int] = field(default_factory=list)
     # Tokens of the rows, by their places, that have not one token each. A row is never split: its
@@ -199,6 +207,10 @@ class Sink:
         self.has_output = True
         if self.on_output is not None:
             self.on_output()
+
+    def took(self, engine_time_ns: int) -> None:
+        """The output took so many nanoseconds of the engine."""
+        self.meter.add(engine_time_ns)
 
     def finish(self, end: generation_pb2.OutputEnd) -> None:
         """The output has ended well."""

@@ -24,6 +24,7 @@ segment was never released.
 
 from __future__ import annotations
 
+import base64
 import errno
 import fcntl
 import json
@@ -37,6 +38,7 @@ from pathlib import Path
 
 import structlog
 
+from libs import failpoints
 from libs.errors import unavailable
 from services.gateway.domain import Closing, EndCause, Opening
 
@@ -98,10 +100,13 @@ class Journal:
         Args:
             end_time: recorded as the end of those.
         """
-        return _recover(self._earlier, end_time)
+        recovered = _recover(self._earlier, end_time)
+        failpoints.hit(failpoints.Point.REPLAY_READ)
+        return recovered
 
     def forget(self, recovered: Recovered) -> None:
         """Deletes what was recovered, once billing has all of it."""
+        failpoints.hit(failpoints.Point.REPLAY_SETTLED)
         for path in recovered.paths:
             path.unlink(missing_ok=True)
 
@@ -113,6 +118,7 @@ class Journal:
         """
         self._write_json(b"S", slice_id)
         self._open_slices[slice_id] = None
+        failpoints.hit(failpoints.Point.SLICE_NOTED)
 
     def slices_closed(self, slice_ids: list[str]) -> None:
         """Notes that nothing is held by these any more.
@@ -120,6 +126,7 @@ class Journal:
         Raises:
             Unavailable: the journal cannot be written; after a crash they are closed once more.
         """
+        failpoints.hit(failpoints.Point.SLICES_CLOSED)
         for slice_id in slice_ids:
             self._open_slices.pop(slice_id, None)
         self._write_json(b"Z", slice_ids)
@@ -134,6 +141,7 @@ class Journal:
         self._write_json(b"O", [self._ordinal, _opening_to_json(opening)])
         self._open_generations[self._ordinal] = self._number
         self._live_by_segment[self._number] += 1
+        failpoints.hit(failpoints.Point.JOURNAL_OPENED)
         return self._ordinal
 
     def progress(self, counts: list[tuple[int, int]]) -> None:
@@ -170,6 +178,7 @@ class Journal:
             Unavailable: the journal cannot be written; after a crash the last count stands.
         """
         self._write_json(b"C", [ordinal, _closing_to_json(closing)])
+        failpoints.hit(failpoints.Point.JOURNAL_CLOSED)
 
     def settled(self, ordinals: list[int]) -> None:
         """Notes that the money of these is durable.
@@ -362,6 +371,7 @@ def _opening_to_json(opening: Opening) -> dict[str, object]:
         "request_sha256": opening.request_sha256,
         "labels": dict(opening.labels),
         "end_user": opening.end_user,
+        "background": opening.background,
     }
 
 
@@ -382,6 +392,7 @@ def _opening_from_json(value: dict[str, object]) -> Opening:
         request_sha256=str(value.get("request_sha256", "")),
         labels=_labels_from_json(value.get("labels")),
         end_user=str(value.get("end_user", "")),
+        background=bool(value.get("background", False)),
     )
 
 
@@ -398,6 +409,8 @@ def _closing_to_json(closing: Closing) -> dict[str, object]:
         "end_time": closing.end_time.timestamp(),
         "cached_input_tokens": closing.cached_input_tokens,
         "reasoning_tokens": closing.reasoning_tokens,
+        "engine_time_ns": closing.engine_time_ns,
+        "receipt": base64.b64encode(closing.receipt).decode("ascii"),
     }
 
 
@@ -409,4 +422,6 @@ def _closing_from_json(value: dict[str, object]) -> Closing:
         # Absent in what earlier versions wrote.
         cached_input_tokens=int(str(value.get("cached_input_tokens", 0))),
         reasoning_tokens=int(str(value.get("reasoning_tokens", 0))),
+        engine_time_ns=int(str(value.get("engine_time_ns", 0))),
+        receipt=base64.b64decode(str(value.get("receipt", ""))),
     )

@@ -277,6 +277,8 @@ class Link:
         # Whoever has the lane next must not be stopped in its place.
         self._aborts.pop(ended.lane, None)
         heapq.heappush(self._free, ended.lane)
+        if ended.HasField("engine_time"):
+            sink.took(ended.engine_time.ToNanoseconds())
         if ended.HasField("failure"):
             sink.fail(self._error_of(ended.failure))
         else:

@@ -47,7 +47,7 @@ Whole = TypeVar("Whole")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class Bounds:
     """Bounds of a gateway.
 
     Attributes:
@@ -83,13 +83,13 @@ class Generations:
         self,
         *,
         instance: str,
-        limits: Limits,
+        bounds: Bounds,
         books: Books,
         budget: Budget,
         admission: Admission,
     ) -> None:
         self._instance = instance
-        self._limits = limits
+        self._bounds = bounds
         self._clock = books.clock
         self._budget = budget
         self._admission = admission
@@ -258,12 +258,12 @@ class Generations:
         """Cuts off who does not read, looks after what nobody reads, forgets what is over."""
         loop = asyncio.get_running_loop()
         interval_s = min(
-            self._limits.stall_limit_s / 8, self._limits.replay_window_s / 4, WATCH_MAX_S
+            self._bounds.stall_limit_s / 8, self._bounds.replay_window_s / 4, WATCH_MAX_S
         )
         while True:
             await self._clock.sleep_s(interval_s)
             # Readers note the time of the loop, which costs them less than that of a clock.
-            self._cut_stalled(loop.time() - self._limits.stall_limit_s)
+            self._cut_stalled(loop.time() - self._bounds.stall_limit_s)
             self._forget(self._clock.monotonic_s())
             for generation in list(self._running.values()):
                 generation.look_after()
@@ -298,7 +298,7 @@ class Generations:
     def _enter(self) -> None:
         if self._is_draining:
             raise unavailable("gateway", retry_after_s=1.0)
-        if self._admitting >= self._limits.generations_max:
+        if self._admitting >= self._bounds.generations_max:
             raise ResourceExhausted("too many generations are running", retry_after_s=1.0)
         self._make_room()
         if self._budget.is_exceeded:
@@ -338,7 +338,7 @@ class Generations:
         if is_kept:
             self._kept[opening.generation_id] = generation
         self._ended[opening.generation_id] = _Ended(
-            opening.project, self._clock.monotonic_s() + self._limits.replay_window_s, is_kept
+            opening.project, self._clock.monotonic_s() + self._bounds.replay_window_s, is_kept
         )
         if len(self._ended) > ENDED_MAX:
             self._forget_one(next(iter(self._ended)))
@@ -377,7 +377,7 @@ class Generations:
             since_s = reader.writing_since_s
             if since_s is None or since_s >= before_s:
                 continue
-            error = _stalled(generation, self._limits.stall_limit_s)
+            error = _stalled(generation, self._bounds.stall_limit_s)
             reader.fail(error)
             if generation.terms.lives_on or not all(
                 other.done.done() for other in generation.readers
@@ -394,7 +394,7 @@ class Generations:
         now = self._clock.now()
         if started is None or started > now:
             return _not_found(generation_id)
-        if (now - started).total_seconds() < self._limits.replay_window_s:
+        if (now - started).total_seconds() < self._bounds.replay_window_s:
             return _not_found(generation_id)
         return _expired(generation_id)
 

@@ -36,7 +36,8 @@ def prompt_size(spec: generation_pb2.GenerationSpec, enough: int) -> PromptSize:
         case "text":
             return PromptSize(content_units=_bytes_of(spec.text), message_count=0)
         case "tokens":
-            return PromptSize(content_units=len(spec.tokens.ids), message_count=0)
+            # A worker takes them as they are.
+            return PromptSize(content_units=len(spec.tokens.ids), message_count=0, is_exact=True)
         case "chat":
             return _chat_size(spec, enough)
         case _:

@@ -44,8 +44,10 @@ class Sized:
         """Nanos that it can cost at most: the whole prompt uncached, and all output."""
         checked = self.checked
         output_tokens = checked.count * checked.max_output_tokens
-        most: int = checked.price.charge(
-            input_tokens=self.input_tokens, output_tokens=output_tokens
+        most: int = checked.price.rates.most(
+            input_tokens=self.input_tokens,
+            output_tokens=output_tokens,
+            is_background=checked.is_background,
         )
         return most
 

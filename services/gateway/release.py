@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from libs import failpoints
 from libs.errors import Internal, MaasError
 from services.gateway.domain import EndCause
 from services.gateway.journal import Journal
@@ -97,6 +98,7 @@ class Releaser:
             if batch.cached:
                 self._journal.prefilled(batch.cached)
             self._journal.progress(batch.progress)
+            failpoints.hit(failpoints.Point.RELEASE_COUNTED)
         except MaasError as error:
             # What is not known to be counted may not be sent: their readers have ended with this.
             for generation in ready:

@@ -25,6 +25,7 @@ from services.gateway.generation import (
     Inlet,
     Sink,
 )
+from services.gateway.meter import Meter
 
 # Of one delta of text alone: less than a frame, so that others fit beside it.
 TEXT_BYTES_MAX = CHARACTER_BYTES_MAX * encoding.CONTENT_CHARACTERS_MAX
@@ -113,6 +114,7 @@ class RichSink:
         waiting: tokens that have not been taken.
         waiting_bytes: likewise.
         is_parsed: some of the output was not, or not only, text.
+        meter: of the generation that it belongs to.
     """
 
     def __init__(self, terms: RichTerms, prompt_next: int = 0) -> None:
@@ -133,6 +135,7 @@ class RichSink:
         self.waiting = 0
         self.waiting_bytes = 0
         self.is_parsed = False
+        self.meter = Meter()
         self.terms = terms
         self._lanes = tuple(_Lane(self, index) for index in range(terms.count))
         self._running = terms.count
@@ -384,6 +387,10 @@ class _Lane:
     ) -> None:
         """New output that is more than text."""
         self._sink.push_row(self._index, text, token_ids, shown, scores)
+
+    def took(self, engine_time_ns: int) -> None:
+        """The output took so many nanoseconds of the engine."""
+        self._sink.meter.add(engine_time_ns)
 
     def finish(self, end: generation_pb2.OutputEnd) -> None:
         """The output has ended well."""

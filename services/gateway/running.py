@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import structlog
@@ -37,6 +38,7 @@ from services.gateway.frames import Frame
 from services.gateway.generation import Intake
 from services.gateway.placement import Placed
 from services.gateway.reader import Reader
+from services.gateway.receipts import signed_receipt
 from services.gateway.release import Batch
 from services.gateway.rich import AnySink
 from services.gateway.settlement import Settlement
@@ -73,6 +75,7 @@ class Generation(ABC):
         failure: why it has no result.
         cause: of its end; None while it runs.
         ended_s: monotonic.
+        receipt: of its end, serialized; empty while it runs, and where it is not charged.
     """
 
     def __init__(
@@ -101,10 +104,12 @@ class Generation(ABC):
         self.cause: EndCause | None = None
         self.first_s: float | None = None
         self.ended_s: float | None = None
+        self.receipt = b""
         self._books = books
         self._hold = hold
         # Holds the prompt: only while another attempt may be needed.
         self._attempts: Attempts | None = attempts
+        self._meter = attempts.meter
         self._placed = placed
         self._sink: Intake = placed.sink
         self._on_end = on_end
@@ -131,17 +136,14 @@ class Generation(ABC):
             input_tokens=self.opening.input_tokens,
             output_tokens=self.output_tokens,
             cached_input_tokens=self.cached_input_tokens,
-            reasoning_tokens=self.reasoning_tokens,
+            # No part is more than its whole, whatever a worker says.
+            reasoning_tokens=min(self.reasoning_tokens, self.output_tokens),
         )
 
     @property
     def charge(self) -> int:
         """Nanos at the frozen price for the counts so far."""
-        return self.terms.price.charge(
-            input_tokens=self.opening.input_tokens,
-            output_tokens=self.output_tokens,
-            cached_input_tokens=self.cached_input_tokens,
-        )
+        return self.terms.price.charge(self.usage, is_background=self.opening.background)
 
     @abstractmethod
     def outputs(
@@ -246,9 +248,11 @@ class Generation(ABC):
             self.cached_input_tokens = self._cached()
         books = self._books
         owed = self.charge if cause.is_charged else 0
+        closing = self._closing(cause, owed)
         # First, as it asserts what is held: then another end, free of charge, is still possible.
         books.slices.owe(self._hold, owed)
         self.cause = cause
+        self.receipt = closing.receipt
         self.ended_s = books.clock.monotonic_s()
         self._sink.on_event = None
         self._sink.on_output = None
@@ -256,23 +260,37 @@ class Generation(ABC):
         if self._stop_moving is not None:
             self._stop_moving()
         self._attempts = None
-        closing = Closing(
-            output_tokens=self.output_tokens,
-            cause=cause,
-            end_time=books.clock.now(),
-            cached_input_tokens=self.cached_input_tokens,
-            reasoning_tokens=self.reasoning_tokens,
-        )
+        if self.terms.quota is not None:
+            self.terms.quota.end(self.output_tokens)
         try:
             books.journal.closed(self._ordinal, closing)
         except MaasError:
             # The end is settled from memory; after a crash the journal's last count stands.
             log.error("journal lost an end", generation_id=self.opening.generation_id)  # noqa: TRY400
         books.settler.put(
-            Settlement(ordinal=self._ordinal, opening=self.opening, closing=closing, owed=owed)
+            Settlement(
+                ordinal=self._ordinal,
+                opening=self.opening,
+                closing=closing,
+                owed=owed,
+                meter=self._meter,
+            )
         )
         self._observe(cause)
         self._on_end(self)
+
+    def _closing(self, cause: EndCause, owed: int) -> Closing:
+        """Makes what is written down of the end, with its receipt."""
+        closing = Closing(
+            output_tokens=self.output_tokens,
+            cause=cause,
+            end_time=self._books.clock.now(),
+            cached_input_tokens=self.cached_input_tokens,
+            reasoning_tokens=self.reasoning_tokens,
+            engine_time_ns=self._meter.engine_time_ns,
+        )
+        receipt = signed_receipt(self._books.signer, self.opening, closing, owed)
+        return replace(closing, receipt=receipt)
 
     def _resume(self, reader: Reader) -> None:
         """A reader can take the next frame, or waits for output. On the token path."""

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 
 import structlog
 
+from libs import failpoints
 from libs.clock import Clock
 from libs.errors import InvalidArgument, MaasError
 from services.gateway import metrics
 from services.gateway.domain import Charged, Closing, Opening, usage_of
 from services.gateway.journal import Journal
-from services.gateway.slices import LEASE_MARGIN_S, SliceBook
+from services.gateway.meter import Meter
+from services.gateway.slices import SliceBook
 
 log = structlog.get_logger(__name__)
 
@@ -41,12 +43,22 @@ class Settlement:
         opening: from the acceptance.
         closing: from the end.
         owed: nanos owed on its slice in this process's book; 0 for one that was recovered.
+        meter: what it took of engines: what workers say just after its end counts too. None for one
+            that was recovered.
     """
 
     ordinal: int | None
     opening: Opening
     closing: Closing
     owed: int
+    meter: Meter | None = None
+
+    @property
+    def engine_time_ns(self) -> int:
+        """Nanoseconds of engines that are known of by now."""
+        if self.meter is None:
+            return self.closing.engine_time_ns
+        return self.meter.engine_time_ns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,10 +182,9 @@ class Settler:
     async def _try_finish(self) -> bool:
         try:
             await self.flush()
-            await self._book.close_idle(0.0)
+            return await self._book.close_all()
         except MaasError:
             return False
-        return True
 
     async def _settle_batch(self, batch: list[Settlement]) -> None:
         slice_ids = self._book.open_ids()
@@ -188,8 +199,9 @@ class Settler:
         except InvalidArgument as error:
             await self._isolate(batch, error)
             return
+        failpoints.hit(failpoints.Point.SETTLE_ANSWERED)
         self._renew_at_s = asked_at_s + settled.lease_s / RENEWALS
-        self._book.renewed(slice_ids, asked_at_s + settled.lease_s - LEASE_MARGIN_S)
+        self._book.renewed(slice_ids, asked_at_s, settled.lease_s)
         self._book.lost(settled.lost_slice_ids)
         self._acknowledge(batch)
 
@@ -199,7 +211,7 @@ class Settler:
             self._journal.settled(ordinals)
         for item in batch:
             self._book.settled(item.opening.slice_id, item.owed)
-            self._by_request.pop(_request_of(item), None)
+            self._forget_request(item)
         # Only this task removes, so the batch is still the head of the queue.
         del self._queue[: len(batch)]
         self._taken += len(batch)
@@ -220,9 +232,15 @@ class Settler:
         metrics.SETTLEMENTS_REFUSED.inc()
         self.refused += 1
         self._book.settled(batch[0].opening.slice_id, batch[0].owed)
-        self._by_request.pop(_request_of(batch[0]), None)
+        self._forget_request(batch[0])
         del self._queue[:1]
         self._taken += 1
+
+    def _forget_request(self, settlement: Settlement) -> None:
+        """Frees an idempotency key, unless it is that of another generation by now."""
+        request = _request_of(settlement)
+        if self._by_request.get(request) is settlement:
+            del self._by_request[request]
 
 
 def _request_of(settlement: Settlement) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from services.gateway.domain import Price
+from services.gateway.quotas import Ticket
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,7 @@ class Terms:
         is_unary: the answer is the whole result.
         is_exact: another worker can go on behind output that was released. Not where outputs,
             parsers or constraints have a state that token ids alone do not bring back.
+        quota: taken of rate limits; None where none applies.
     """
 
     price: Price
@@ -44,3 +46,4 @@ class Terms:
     is_kept: bool
     is_unary: bool
     is_exact: bool
+    quota: Ticket | None = None

@@ -6,6 +6,7 @@ import os
 import secrets
 from pathlib import Path
 
+from libs import receipts
 from libs.auth import keys
 from tools.local.place import SERVICES, STATEFUL, State
 
@@ -29,7 +30,7 @@ def read(path: Path) -> str:
 
 
 def create(state: State) -> None:
-    """Makes what is missing: service tokens, passwords, the administrator's key, the caches'."""
+    """Makes what is missing: service tokens, passwords, all other keys."""
     for service in SERVICES:
         token = state.secrets / f"{service}.token"
         if not read(token):
@@ -46,6 +47,19 @@ def create(state: State) -> None:
         write(admin_key_file(state), f"{key.secret}\n")
     if not read(cache_secret_file(state)):
         write(cache_secret_file(state), f"{secrets.token_urlsafe(32)}\n")
+    _create_receipt_key(state)
+
+
+def _create_receipt_key(state: State) -> None:
+    """Makes what gateways sign receipts with, and has billing know it beside those before it."""
+    file = receipt_key_file(state)
+    if not read(file):
+        write(file, f"{receipts.key_to_text(secrets.token_bytes(receipts.SEED_BYTES))}\n")
+    signer = receipts.ReceiptSigner(receipts.key_from_text(read(file)))
+    known = read(receipt_keys_file(state)).splitlines()
+    public = receipts.key_to_text(signer.public_key)
+    if public not in known:
+        write(receipt_keys_file(state), "".join(f"{line}\n" for line in [*known, public]))
 
 
 def password_file(state: State, role: str) -> Path:
@@ -61,6 +75,16 @@ def admin_key_file(state: State) -> Path:
 def cache_secret_file(state: State) -> Path:
     """What gateways keep the prefix caches of tenants apart with."""
     return state.secrets / "cache_secret"
+
+
+def receipt_key_file(state: State) -> Path:
+    """What gateways sign receipts with."""
+    return state.secrets / "receipt_key"
+
+
+def receipt_keys_file(state: State) -> Path:
+    """Public keys of receipts, for billing and for whoever verifies them."""
+    return state.secrets / "receipt_keys"
 
 
 def tenant_key_file(state: State) -> Path:

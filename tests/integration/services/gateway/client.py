@@ -187,7 +187,7 @@ class Client:
     def __init__(self, endpoint: str, caller: Caller = ALICE) -> None:
         self._channel = grpc.aio.insecure_channel(endpoint, options=_OPTIONS)
         self.stub = generation_service_pb2_grpc.GenerationServiceStub(self._channel)
-        self._metadata = (("authorization", f"Bearer {caller.secret}"),)
+        self.metadata = (("authorization", f"Bearer {caller.secret}"),)
 
     async def __aenter__(self) -> Self:
         return self
@@ -202,21 +202,19 @@ class Client:
     def stream(self, wish: Wish | None = None, *, timeout_s: float | None = None) -> Reading:
         """Asks for a stream."""
         request = (wish or Wish()).stream_request()
-        return Reading(
-            self.stub.StreamGenerate(request, metadata=self._metadata, timeout=timeout_s)
-        )
+        return Reading(self.stub.StreamGenerate(request, metadata=self.metadata, timeout=timeout_s))
 
     def resume(self, generation_id: str, after: int = 0, interval_s: float = 0.0) -> Reading:
         """Asks for the rest of a stream."""
         request = generation_service_pb2.ResumeGenerationRequest(
             generation_id=generation_id, after_sequence=after, frame_interval=duration(interval_s)
         )
-        return Reading(self.stub.ResumeGeneration(request, metadata=self._metadata))
+        return Reading(self.stub.ResumeGeneration(request, metadata=self.metadata))
 
     def unary(self, wish: Wish | None = None, *, timeout_s: float | None = None) -> Unary:
         """Asks for a whole result; read it with `answer` or `refusal`."""
         request = (wish or Wish()).unary_request()
-        call: Unary = self.stub.Generate(request, metadata=self._metadata, timeout=timeout_s)
+        call: Unary = self.stub.Generate(request, metadata=self.metadata, timeout=timeout_s)
         return call
 
     async def cancel(self, generation_id: str) -> None:
@@ -227,7 +225,7 @@ class Client:
         """
         request = generation_service_pb2.CancelGenerationRequest(generation_id=generation_id)
         try:
-            await self.stub.CancelGeneration(request, metadata=self._metadata)
+            await self.stub.CancelGeneration(request, metadata=self.metadata)
         except grpc.aio.AioRpcError as failure:
             raise error_of(failure) from failure
 

@@ -20,9 +20,11 @@ from libs.auth import KeyTable, sha256_of
 from libs.clock import Clock, SystemClock
 from libs.config import ServerSection
 from libs.process import Background
+from libs.receipts import ReceiptSigner
 from libs.rpc import Server
 from libs.rpc.identity import Identity
 from libs.testing import eventually
+from libs.units import Rates
 from services.gateway.__main__ import EMBEDDINGS, GENERATIONS, TOKENIZATION
 from services.gateway.admission import Admission, Rules
 from services.gateway.books import Books
@@ -33,16 +35,19 @@ from services.gateway.embedding import Embeddings
 from services.gateway.generation import Chunk, Sink
 from services.gateway.inquiries import Inquirer
 from services.gateway.journal import Journal
+from services.gateway.limits import Limits
 from services.gateway.links import SERVICES, LinkPool
-from services.gateway.operations import Generations, Limits
+from services.gateway.operations import Bounds, Generations
 from services.gateway.placement import Placer, Target
+from services.gateway.places import Places
+from services.gateway.quotas import Quotas
 from services.gateway.quote import Quotes
 from services.gateway.release import Releaser
 from services.gateway.replay import Budget
 from services.gateway.salt import Salts
 from services.gateway.service import EmbeddingService, GenerationService, TokenizationService
 from services.gateway.settlement import Settlement, Settler
-from services.gateway.slices import SliceBook
+from services.gateway.slices import Sizes, SliceBook
 from services.gateway.tables import Adapters as AdapterTable
 from services.gateway.tables import Offerings
 from services.gateway.tables import Worker as KnownWorker
@@ -53,6 +58,7 @@ from tests.integration.services.gateway.client import Client
 from tests.integration.services.gateway.neighbours import (
     ADAPTERS,
     ALICE,
+    RATES,
     VERSION,
     Billing,
     Caller,
@@ -247,6 +253,9 @@ class World:
     adapters: AdapterTable
     desks: Desks
     embeddings: Embeddings
+    limits: Limits
+    quotas: Quotas
+    places: Places
 
     def dial(self, caller: Caller = ALICE) -> Client:
         """Makes a client with a connection of its own."""
@@ -283,6 +292,17 @@ class World:
         assert self.book.open_ids() == []
 
 
+def rate_limits(billing: Billing, clock: Clock, background: Background) -> tuple[Places, Quotas]:
+    """Makes what keeps rate limits, and runs it."""
+    places = Places(billing.quota.hold, clock)
+    quotas = Quotas(
+        take=billing.quota.take, give_back=billing.quota.give_back, places=places, clock=clock
+    )
+    background.start(places.run(), name="places")
+    background.start(quotas.run(), name="quotas")
+    return places, quotas
+
+
 @asynccontextmanager
 async def gateway(
     folder: Path,
@@ -298,11 +318,15 @@ async def gateway(
     clock: Clock | None = None,
     capabilities: Capabilities | None = None,
     calls_max: int = 64,
+    generations_max: int = 8,
+    slice_nanos: int = 1,
+    rates: Rates = RATES,
+    signer: ReceiptSigner | None = None,
 ) -> AsyncIterator[World]:
     """Serves a gateway and its workers on loopback ports."""
     clock = clock or SystemClock()
     billing, scheduler = Billing(available), Scheduler()
-    offerings, prices = tables()
+    offerings, prices = tables(rates)
     table = WorkerTable()
     async with AsyncExitStack() as stack:
         failures: list[BaseException] = []
@@ -329,8 +353,8 @@ async def gateway(
             close=billing.close,
             new_id=lambda: f"s{next(numbers)}",
             clock=clock,
-            slice_nanos=1,
-            slices_max=100,
+            sizes=Sizes(nanos_max=slice_nanos, refill_s=1.0, count_max=1000),
+            start=lambda refill: background.start(refill, name="refill slice"),
         )
         journal = make_journal(folder)
         stack.callback(journal.close)
@@ -350,9 +374,13 @@ async def gateway(
             releaser=Releaser(journal),
             background=background,
             move_wait_s=move_wait_s,
+            signer=signer,
         )
         budget = Budget(replay_total_bytes_max)
         keys = key_table(clock)
+        limits = Limits()
+        limits.apply((), is_snapshot=True, is_complete=True)
+        places, quotas = rate_limits(billing, clock, background)
         adapters = AdapterTable()
         adapters.apply(ADAPTERS, (), is_snapshot=True, is_complete=True)
         checks = Checks(
@@ -368,6 +396,8 @@ async def gateway(
             books=books,
             budget=budget,
             checks=checks,
+            limits=limits,
+            quotas=quotas,
             salts=Salts(b"secret of tests"),
             placer=Placer(
                 acquire=scheduler.acquire,
@@ -381,8 +411,10 @@ async def gateway(
         )
         generations = Generations(
             instance="g1",
-            limits=Limits(
-                generations_max=8, stall_limit_s=stall_limit_s, replay_window_s=replay_window_s
+            bounds=Bounds(
+                generations_max=generations_max,
+                stall_limit_s=stall_limit_s,
+                replay_window_s=replay_window_s,
             ),
             books=books,
             budget=budget,
@@ -412,6 +444,8 @@ async def gateway(
             offerings=offerings,
             prices=prices,
             workers=table,
+            limits=limits,
+            quotas=quotas,
             placer=EmbedPlacer(
                 acquire=scheduler.acquire,
                 release=scheduler.release,
@@ -448,4 +482,7 @@ async def gateway(
             adapters=adapters,
             desks=desks,
             embeddings=embeddings,
+            limits=limits,
+            quotas=quotas,
+            places=places,
         )

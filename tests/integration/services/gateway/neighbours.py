@@ -8,12 +8,14 @@ from datetime import UTC, datetime
 
 from libs.auth import KeyRecord, KeyTable, Role, new_key, sha256_of
 from libs.clock import Clock
-from libs.errors import FailedPrecondition, Reason, unavailable
+from libs.errors import FailedPrecondition, MaasError, Reason, unavailable
+from libs.units import Rates
 from services.gateway.domain import Adapter, Charged, Offering, Price, usage_of
 from services.gateway.placement import Slot, Target, Wanted
 from services.gateway.settlement import Settled, Settlement
-from services.gateway.slices import Grant
+from services.gateway.slices import Grant, Purse
 from services.gateway.tables import Offerings, Prices, no_ready_worker
+from tests.integration.services.gateway.neighbours_quota import QuotaBilling
 
 VERSION = "models/m/versions/1"
 # Of input and of output alike.
@@ -43,21 +45,33 @@ class Billing:
         settled: in the order of the calls.
         is_away: whether nothing is answered but the acquisition of slices.
         lookups: idempotency keys that were asked for.
+        acquired: purse, required and wanted nanos of each slice that was asked for.
+        refusal: what every question for a slice is answered with, once there is one.
+        quota: rate limits.
+        granted: what is left of open slices, by their ids.
     """
 
     available: int = 10**9
     settled: list[Settlement] = field(default_factory=list)
     is_away: bool = False
     lookups: list[str] = field(default_factory=list)
+    acquired: list[tuple[Purse, int, int]] = field(default_factory=list)
+    refusal: MaasError | None = None
+    granted: dict[str, int] = field(default_factory=dict)
+    quota: QuotaBilling = field(default_factory=QuotaBilling)
 
-    async def acquire(self, _: str, account: str, required: int, wanted: int) -> Grant:
+    async def acquire(self, slice_id: str, purse: Purse, required: int, wanted: int) -> Grant:
         """Sets money aside."""
+        self.acquired.append((purse, required, wanted))
+        if self.refusal is not None:
+            raise self.refusal
         if self.available < required:
             raise FailedPrecondition(
-                "no credit", reason=Reason.INSUFFICIENT_CREDIT, metadata={"account": account}
+                "no credit", reason=Reason.INSUFFICIENT_CREDIT, metadata={"account": purse.account}
             )
         granted = min(wanted, self.available)
         self.available -= granted
+        self.granted[slice_id] = granted
         return Grant(granted, 60.0)
 
     async def settle(self, settlements: list[Settlement], _: list[str]) -> Settled:
@@ -65,10 +79,15 @@ class Billing:
         if self.is_away:
             raise unavailable("billing")
         self.settled += settlements
+        for item in settlements:
+            if item.opening.slice_id in self.granted:
+                self.granted[item.opening.slice_id] -= item.owed
         return Settled(lost_slice_ids=[], lease_s=60.0)
 
-    async def close(self, _: list[str]) -> None:
+    async def close(self, slice_ids: list[str]) -> None:
         """Takes slices back."""
+        for slice_id in slice_ids:
+            self.available += self.granted.pop(slice_id, 0)
 
     async def find_charged(self, project: str, request_id: str) -> Charged | None:
         """Finds what was settled and charged under an idempotency key."""
@@ -167,8 +186,16 @@ def revoke(table: KeyTable, caller: Caller) -> None:
     table.apply([dataclasses.replace(caller.record(), is_active=False, revision=2)])
 
 
-def tables() -> tuple[Offerings, Prices]:
-    """Makes one model, whose tokens cost a thousand nanos each, in and out."""
+RATES = Rates(
+    input_price=NANOS_PER_TOKEN * 10**6,
+    output_price=NANOS_PER_TOKEN * 10**6,
+    cached_input_price=NANOS_PER_CACHED_TOKEN * 10**6,
+)
+"""Tokens cost a thousand nanos each, in and out."""
+
+
+def tables(rates: Rates = RATES) -> tuple[Offerings, Prices]:
+    """Makes one model and its price."""
     offerings, prices = Offerings(), Prices()
     offerings.apply(
         [
@@ -190,9 +217,7 @@ def tables() -> tuple[Offerings, Prices]:
             Price(
                 name="prices/p",
                 offering="offerings/m",
-                input_price=NANOS_PER_TOKEN * 10**6,
-                output_price=NANOS_PER_TOKEN * 10**6,
-                cached_input_price=NANOS_PER_CACHED_TOKEN * 10**6,
+                rates=rates,
                 effective_time=datetime(2026, 1, 1, tzinfo=UTC),
             )
         ]

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from hypothesis import given
 from hypothesis import strategies as st
 
+from libs.units import Rates
 from services.gateway.domain import (
     Closing,
     EndCause,
@@ -42,8 +43,7 @@ def price(name: str, offset_s: float) -> Price:
     return Price(
         name=name,
         offering="offerings/x",
-        input_price=100,
-        output_price=200,
+        rates=Rates(input_price=100, output_price=200),
         effective_time=NOW + timedelta(seconds=offset_s),
     )
 
@@ -63,14 +63,56 @@ def test_prompt_bound_counts_tools_and_calls_as_messages() -> None:
 
 
 def test_cached_input_has_its_own_price() -> None:
-    half = dataclasses.replace(price("prices/p", 0), cached_input_price=50)
+    half = dataclasses.replace(
+        price("prices/p", 0), rates=Rates(input_price=100, output_price=200, cached_input_price=50)
+    )
     million = 10**6
 
-    counts = {"input_tokens": 3 * million, "output_tokens": million}
-    assert half.charge(**counts) == 300 + 200
-    assert half.charge(**counts, cached_input_tokens=million) == 200 + 50 + 200
+    usage = Usage(input_tokens=3 * million, output_tokens=million)
+    cached = dataclasses.replace(usage, cached_input_tokens=million)
+    assert half.charge(usage, is_background=False) == 300 + 200
+    assert half.charge(cached, is_background=False) == 200 + 50 + 200
     # Without a price of its own it costs what the rest costs.
-    assert price("prices/p", 0).charge(**counts, cached_input_tokens=million) == 300 + 200
+    assert price("prices/p", 0).charge(cached, is_background=False) == 300 + 200
+
+
+@given(
+    rates=st.builds(
+        Rates,
+        input_price=st.integers(0, 10**10),
+        output_price=st.integers(0, 10**10),
+        reasoning_price=st.none() | st.integers(0, 10**10),
+        request_price=st.integers(0, 10**6),
+        background_discount_percent=st.integers(0, 100),
+    ),
+    nanos=st.integers(0, 10**9),
+    input_tokens=st.integers(0, 10**4),
+    is_reasoning=st.booleans(),
+    is_background=st.booleans(),
+)
+def test_a_worker_that_keeps_the_bound_never_makes_a_charge_above_it(
+    *, rates: Rates, nanos: int, input_tokens: int, is_reasoning: bool, is_background: bool
+) -> None:
+    priced = dataclasses.replace(price("prices/p", 0), rates=rates)
+    bound = priced.bound(nanos, is_background=is_background)
+    of_the_worker = Rates(input_price=bound.input_price, output_price=bound.output_price)
+    tokens = of_the_worker.affordable(nanos=bound.nanos, input_tokens=input_tokens)
+    most = 10**4 if tokens is None else min(tokens, 10**4)
+    allowed = priced.affordable(
+        nanos=nanos, input_tokens=input_tokens, at_most=10**4, is_background=is_background
+    )
+
+    assert most <= allowed or most < 0
+    if most >= 0:
+        usage = Usage(
+            input_tokens=input_tokens,
+            output_tokens=most,
+            reasoning_tokens=most if is_reasoning else 0,
+        )
+        assert priced.charge(usage, is_background=is_background) <= nanos
+    if not is_background:
+        # Without a discount there is nothing to round: the worker ends where the charge does.
+        assert most == allowed or max(most, allowed) < 0
 
 
 @given(units=st.integers(0, 10**7), messages=st.integers(0, 4096))
@@ -89,8 +131,9 @@ def test_price_in_force_is_the_latest_that_has_begun() -> None:
 
 def test_price_rounds_each_line_up() -> None:
     # 1 * 100 / 1e6 and 1 * 200 / 1e6 are each below one nano.
-    assert price("a", 0).charge(input_tokens=1, output_tokens=1) == 2
-    assert price("a", 0).charge(input_tokens=0, output_tokens=0) == 0
+    one, none = Usage(input_tokens=1, output_tokens=1), Usage(input_tokens=0, output_tokens=0)
+    assert price("a", 0).charge(one, is_background=False) == 2
+    assert price("a", 0).charge(none, is_background=False) == 0
 
 
 def test_only_ends_of_the_clients_own_are_charged() -> None:

@@ -232,10 +232,10 @@ def test_idempotency_keys_survive(tmp_path: Path) -> None:
 
 
 def test_openings_of_an_earlier_version_are_read(tmp_path: Path) -> None:
-    """They know nothing of idempotency keys."""
+    """They know nothing of idempotency keys, and had no discount for what may wait."""
     first = Journal(tmp_path)
     fields = journal_module._opening_to_json(opening(1))
-    del fields["request_id"], fields["request_sha256"]
+    del fields["request_id"], fields["request_sha256"], fields["background"]
     first._write_json(b"O", [1, fields])
     abandon(first)
 
@@ -244,8 +244,10 @@ def test_openings_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     assert [found for found, _ in recovered.settlements] == [opening(1)]
 
 
-def test_labels_and_end_user_survive(tmp_path: Path) -> None:
-    labelled = dataclasses.replace(opening(1), labels={"team": "a", "b": ""}, end_user="u-1")
+def test_labels_end_user_and_discount_survive(tmp_path: Path) -> None:
+    labelled = dataclasses.replace(
+        opening(1), labels={"team": "a", "b": ""}, end_user="u-1", background=True
+    )
     first = Journal(tmp_path)
     first.opened(labelled)
     abandon(first)
@@ -269,7 +271,13 @@ def test_a_cached_count_is_recovered_with_what_was_released(tmp_path: Path) -> N
 
 
 def test_an_end_keeps_all_of_its_counts(tmp_path: Path) -> None:
-    whole = dataclasses.replace(closing(5), cached_input_tokens=3, reasoning_tokens=2)
+    whole = dataclasses.replace(
+        closing(5),
+        cached_input_tokens=3,
+        reasoning_tokens=2,
+        engine_time_ns=10**15 + 1,
+        receipt=bytes(range(256)),
+    )
     first = Journal(tmp_path)
     ordinal = first.opened(opening(1))
     first.closed(ordinal, whole)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from libs.process import StartError
-from services.gateway.__main__ import cache_secret
+from libs.receipts import ReceiptSigner, key_to_text
+from services.gateway.__main__ import cache_secret, receipt_signer
 
 
 def test_gateways_with_the_same_file_have_the_same_secret(tmp_path: Path) -> None:
@@ -29,3 +30,28 @@ def test_a_file_without_a_secret_says_what_to_do(tmp_path: Path, text: str | Non
 
     assert str(file) in str(caught.value)
     assert "random text" in str(caught.value)
+
+
+def test_receipts_are_signed_with_the_key_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "receipt_key"
+    seed = bytes(range(32))
+    file.write_text(f"{key_to_text(seed)}\n")
+
+    signer = receipt_signer(file)
+
+    assert signer is not None
+    assert signer.key_id == ReceiptSigner(seed).key_id
+    assert receipt_signer(None) is None
+
+
+@pytest.mark.parametrize("text", [None, " \n", "no key", "c2hvcnQ="])
+def test_a_file_without_a_receipt_key_says_what_to_do(tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "receipt_key"
+    if text is not None:
+        file.write_text(text)
+
+    with pytest.raises(StartError, match=r"gateway\.receipt_key_file") as caught:
+        receipt_signer(file)
+
+    assert "base64 of 32 random bytes" in str(caught.value)
+    assert "c2hvcnQ" not in str(caught.value)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,12 +14,15 @@ from maas.common.v1 import options_pb2
 
 from libs.errors import FieldRule, Unavailable, invalid_field, unavailable
 from libs.limits import PUBLIC_REQUEST_BYTES_MAX
+from libs.receipts import ReceiptSigner
 from libs.testing import FakeClock
+from libs.units import NANOS_MAX
 from services.gateway import convert
 from services.gateway.domain import Closing, EndCause, Opening
 from services.gateway.journal import Journal
+from services.gateway.receipts import signed_receipt
 from services.gateway.settlement import BATCH_MAX, Settled, Settlement, Settler
-from services.gateway.slices import Grant, SliceBook
+from services.gateway.slices import Grant, Purse, Sizes, SliceBook
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 RENEWED = credit_slice_service_pb2.SettleRequest.DESCRIPTOR.fields_by_name["renew_slice_ids"]
@@ -57,8 +62,8 @@ class World:
             close=self._close,
             new_id=lambda: f"s{next(self.numbers)}",
             clock=self.clock,
-            slice_nanos=1000,
-            slices_max=5000,
+            sizes=Sizes(nanos_max=1000, refill_s=1.0, count_max=5000),
+            start=asyncio.ensure_future,
         )
         self.settler = Settler(
             settle=self.billing.settle,
@@ -69,8 +74,8 @@ class World:
             idle_s=2.0,
         )
 
-    async def _acquire(self, slice_id: str, account: str, required: int, wanted: int) -> Grant:
-        del slice_id, account, required
+    async def _acquire(self, slice_id: str, purse: Purse, required: int, wanted: int) -> Grant:
+        del slice_id, purse, required
         return Grant(wanted, 60.0)
 
     async def _close(self, slice_ids: list[str]) -> None:
@@ -150,7 +155,7 @@ async def test_the_journal_keeps_what_was_set_aside(world: World) -> None:
 
 
 async def test_leases_are_renewed_with_and_without_settlements(world: World) -> None:
-    await world.book.reserve("accounts/dev", 10)
+    await world.book.reserve(Purse("accounts/dev"), 10)
     await world.settler.flush()
     world.clock.advance(16)
 
@@ -187,9 +192,32 @@ async def test_what_billing_refuses_frees_its_key(world: World) -> None:
     assert world.settler.find_charged("projects/dev", "r-1") is None
 
 
+async def test_an_end_free_of_charge_does_not_hide_the_one_that_is_charged(world: World) -> None:
+    # The first attempt was lost and is settled while the repeat ends.
+    answered = asyncio.Event()
+    settle = world.billing.settle
+
+    async def slowly(settlements: list[Settlement], renew: list[str]) -> Settled:
+        await answered.wait()
+        return await settle(settlements, renew)
+
+    world.settler._settle = slowly
+    world.put(1, "r", EndCause.WORKER_LOST)
+    flush = asyncio.create_task(world.settler.flush())
+    await asyncio.sleep(0)
+    world.put(2, "r")
+    answered.set()
+    await flush
+
+    assert world.settler.queued == 1
+    found = world.settler.find_charged("projects/dev", "r")
+    assert found is not None
+    assert found.generation_id == "g2"
+
+
 async def test_more_slices_than_one_call_renews_cost_no_settlement(world: World) -> None:
     for number in range(2 * RENEW_CONTRACT_MAX + 1):
-        await world.book.reserve(f"accounts/a{number}", 1)
+        await world.book.reserve(Purse(f"accounts/a{number}"), 1)
     world.put(1)
 
     await world.settler.flush()
@@ -212,16 +240,18 @@ def test_the_largest_batch_is_a_request_that_billing_takes() -> None:
         offering=f"offerings/{longest}",
         model_version=f"models/{longest}/versions/{longest}",
         price=f"prices/{longest}",
-        input_tokens=2**32,
+        input_tokens=2**32 - 1,
         start_time=NOW,
         request_id="r" * 128,
         request_sha256="0" * 64,
         labels={f"{number:x>63}": "v" * 256 for number in range(16)},
         end_user="u" * 128,
     )
-    closing = Closing(output_tokens=2**32, cause=EndCause.COMPLETED, end_time=NOW)
+    closing = Closing(output_tokens=2**32 - 1, cause=EndCause.COMPLETED, end_time=NOW)
+    receipt = signed_receipt(ReceiptSigner(bytes(32)), opening, closing, NANOS_MAX)
+    closing = replace(closing, receipt=receipt)
     one = credit_slice_service_pb2.SettleRequest(
-        settlements=[convert.settlement_to_pb(opening, closing)]
+        settlements=[convert.settlement_to_pb(opening, closing, engine_time_ns=10**15)]
     )
     slices = credit_slice_service_pb2.SettleRequest(renew_slice_ids=["s" * 128] * 1000)
 

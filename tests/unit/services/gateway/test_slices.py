@@ -9,11 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from libs.errors import FailedPrecondition, Reason, ResourceExhausted, Unavailable, unavailable
+from libs.errors import (
+    FailedPrecondition,
+    MaasError,
+    Reason,
+    ResourceExhausted,
+    Unavailable,
+    unavailable,
+)
 from libs.testing import FakeClock
-from services.gateway.slices import Grant, Hold, SliceBook
+from services.gateway.slices import NEAR_FLOOR_S, Grant, Hold, Purse, Sizes, SliceBook
 
-ACCOUNT = "accounts/dev"
+ACCOUNT = Purse("accounts/dev")
+PROJECT = Purse("accounts/dev", "projects/p")
+REFILL_S = 1.0
 
 
 @dataclass
@@ -24,11 +33,18 @@ class Account:
     granted: dict[str, int] = field(default_factory=dict)
     is_away: bool = False
     gate: asyncio.Event | None = None
+    asked: list[tuple[int, int]] = field(default_factory=list)
+    refusal: MaasError | None = None
+    lease_s: float = 60.0
 
-    async def acquire(self, slice_id: str, account: str, required: int, wanted: int) -> Grant:
-        assert account == ACCOUNT
+    async def acquire(self, slice_id: str, purse: Purse, required: int, wanted: int) -> Grant:
+        assert purse.account == ACCOUNT.account
+        self.asked.append((required, wanted))
+        await asyncio.sleep(0)
         if self.gate is not None:
             await self.gate.wait()
+        if self.refusal is not None:
+            raise self.refusal
         if self.is_away:
             raise unavailable("billing")
         if self.available < required:
@@ -36,7 +52,7 @@ class Account:
         grant = min(wanted, self.available)
         self.available -= grant
         self.granted[slice_id] = grant
-        return Grant(grant, 60.0)
+        return Grant(grant, self.lease_s)
 
     async def close(self, slice_ids: list[str]) -> None:
         if self.is_away:
@@ -55,18 +71,204 @@ def book_of(account: Account, clock: FakeClock, *, slice_nanos: int = 100) -> Sl
         close=account.close,
         new_id=lambda: f"s{next(numbers)}",
         clock=clock,
-        slice_nanos=slice_nanos,
-        slices_max=50,
+        sizes=Sizes(nanos_max=slice_nanos, refill_s=REFILL_S, count_max=50),
+        start=asyncio.ensure_future,
     )
 
 
-async def test_one_slice_serves_many_holds() -> None:
+async def settle_down() -> None:
+    """Lets what runs in the background come to its end."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def warm_up(book: SliceBook, clock: FakeClock, nanos: int) -> None:
+    """Has the book know of a period in which so much was set aside, and of nothing since."""
+    book.release(await book.reserve(ACCOUNT, nanos))
+    clock.advance(REFILL_S)
+
+
+async def test_slices_of_a_burst_grow_with_it_and_nothing_comes_in_the_background() -> None:
+    account = Account(1000)
+    book = book_of(account, FakeClock())
+
+    for _ in range(7):
+        await book.reserve(ACCOUNT, 30)
+        await settle_down()
+
+    # Whole holds, up to the bound.
+    assert account.asked == [(30, 30), (30, 30), (30, 60), (30, 120)]
+
+
+async def test_a_slice_lasts_for_two_periods_and_is_of_whole_holds() -> None:
     account, clock = Account(1000), FakeClock()
     book = book_of(account, clock)
+    await warm_up(book, clock, 32)
 
-    holds = [await book.reserve(ACCOUNT, 30) for _ in range(3)]
+    holds = [await book.reserve(ACCOUNT, nanos) for nanos in (32, 30)]
 
-    assert len({hold.slice.slice_id for hold in holds}) == 1
+    assert account.asked == [(32, 32), (30, 90)]
+    assert len({hold.slice.slice_id for hold in holds}) == 2
+
+
+async def test_the_next_slice_comes_in_the_background_when_half_is_used() -> None:
+    account, clock = Account(1000), FakeClock()
+    book = book_of(account, clock, slice_nanos=400)
+    await warm_up(book, clock, 100)
+    await book.reserve(ACCOUNT, 100)
+    assert account.asked == [(100, 100)]
+    account.gate = asyncio.Event()
+
+    await settle_down()
+    first = await book.reserve(ACCOUNT, 0)
+    await settle_down()
+    assert account.asked == [(100, 100), (200, 200)]
+    account.gate.set()
+    await settle_down()
+    second = await book.reserve(ACCOUNT, 100)
+
+    assert first.slice is not second.slice
+    assert account.asked[2:] == []
+
+
+async def test_what_is_asked_for_in_advance_has_a_bound() -> None:
+    account, clock = Account(10**6), FakeClock()
+    book = book_of(account, clock, slice_nanos=150)
+    await warm_up(book, clock, 140)
+    await book.reserve(ACCOUNT, 140)
+
+    await book.reserve(ACCOUNT, 50)
+
+    assert account.asked[-1] == (50, 150)
+
+
+async def test_near_the_floor_only_what_is_needed_is_asked_for() -> None:
+    account, clock = Account(100), FakeClock()
+    book = book_of(account, clock, slice_nanos=400)
+    await warm_up(book, clock, 40)
+    await book.reserve(ACCOUNT, 40)
+    # Half is used, and the next slice is more than there is: then it is none.
+    await book.reserve(ACCOUNT, 0)
+    await settle_down()
+    assert account.asked == [(40, 40), (80, 80)]
+
+    await book.reserve(ACCOUNT, 40)
+
+    assert account.asked[-1] == (40, 40)
+    assert account.available == 20
+    clock.advance(NEAR_FLOOR_S)
+    account.available = 1000
+    await book.reserve(ACCOUNT, 40)
+    await settle_down()
+    assert account.asked[-1] == (40, 40), "the demand of that time is too old by now"
+
+
+async def test_a_burst_takes_the_credit_for_exactly_as_many_as_it_pays_for() -> None:
+    for known in (0, 10, 70):
+        account, clock = Account(23 * 10), FakeClock()
+        book = book_of(account, clock, slice_nanos=100)
+        if known:
+            await warm_up(book, clock, known)
+
+        ends = await asyncio.gather(
+            *(book.reserve(ACCOUNT, 10) for _ in range(256)), return_exceptions=True
+        )
+
+        admitted = [end for end in ends if isinstance(end, Hold)]
+        assert len(admitted) == 23, known
+        assert {type(end) for end in ends} == {Hold, FailedPrecondition}
+        # Those who waited were refused together.
+        assert len(account.asked) < 23
+
+
+async def test_a_purse_spends_its_own_slices_only() -> None:
+    account = Account(1000)
+    book = book_of(account, FakeClock())
+    first = await book.reserve(PROJECT, 10)
+    book.release(first)
+
+    second = await book.reserve(ACCOUNT, 10)
+
+    assert (first.slice.purse, second.slice.purse) == (PROJECT, ACCOUNT)
+    assert first.slice.account == second.slice.account == "accounts/dev"
+
+
+async def test_what_another_purse_of_the_account_does_not_use_is_given_back_first() -> None:
+    account = Account(100)
+    book = book_of(account, FakeClock())
+    book.release(await book.reserve(PROJECT, 60))
+
+    hold = await book.reserve(ACCOUNT, 100)
+
+    assert hold.nanos == 100
+
+
+async def test_a_spend_limit_that_is_reached_says_when_to_come_back() -> None:
+    account = Account(100)
+    account.refusal = ResourceExhausted(
+        "the limit is reached",
+        reason=Reason.SPEND_LIMIT_REACHED,
+        metadata={"limit": "limits/l"},
+        retry_after_s=77.0,
+    )
+    book = book_of(account, FakeClock())
+
+    with pytest.raises(ResourceExhausted) as refused:
+        await book.reserve(ACCOUNT, 10)
+
+    assert refused.value.retry_after_s == 77.0
+    # It is sure that nothing is held: there is nothing to give back.
+    await book.close_idle(0.0)
+    assert account.granted == {}
+    assert book._orphans == []
+
+
+async def test_a_lease_that_was_cut_to_the_end_of_a_window_is_not_prolonged() -> None:
+    account, clock = Account(1000, lease_s=10.0), FakeClock()
+    book = book_of(account, clock)
+    cut = await book.reserve(ACCOUNT, 10)
+    book.release(cut)
+    account.lease_s = 60.0
+
+    book.renewed([cut.slice.slice_id], clock.monotonic_s(), 60.0)
+    clock.advance(9)
+    following = await book.reserve(ACCOUNT, 10)
+
+    assert following.slice is not cut.slice
+
+
+async def test_a_slice_of_a_window_is_replaced_when_its_lease_ends() -> None:
+    """A settlement says how long leases are, and not when the window of this one ends."""
+    account, clock = Account(1000), FakeClock()
+    book = book_of(account, clock)
+    limited = Purse("accounts/dev", is_limited=True)
+    first = await book.reserve(limited, 10)
+    book.release(first)
+    clock.advance(50)
+    book.renewed([first.slice.slice_id], clock.monotonic_s(), 60.0)
+
+    again = await book.reserve(limited, 10)
+    book.release(again)
+    clock.advance(9)
+    following = await book.reserve(limited, 10)
+
+    assert again.slice is first.slice
+    assert following.slice is not first.slice
+
+
+async def test_after_the_end_nothing_is_asked_for_in_advance() -> None:
+    account, clock = Account(1000), FakeClock()
+    book = book_of(account, clock, slice_nanos=400)
+    await warm_up(book, clock, 100)
+    await book.reserve(ACCOUNT, 100)
+    account.gate = asyncio.Event()
+    await book.reserve(ACCOUNT, 0)
+    await settle_down()
+
+    assert not await book.close_all()
+    account.gate.set()
+    await settle_down()
+    assert await book.close_all()
     assert account.available == 900
 
 
@@ -125,8 +327,9 @@ async def test_a_slice_at_the_end_of_its_lease_is_not_used() -> None:
 
     clock.advance(58.5)
     second = await book.reserve(ACCOUNT, 10)
-    book.renewed([second.slice.slice_id], clock.monotonic_s() + 100)
-    clock.advance(59)
+    book.release(second)
+    book.renewed([second.slice.slice_id], clock.monotonic_s(), 60.0)
+    clock.advance(57)
     third = await book.reserve(ACCOUNT, 10)
 
     assert first.slice is not second.slice
@@ -162,6 +365,46 @@ async def test_an_answer_that_never_came_is_given_back() -> None:
     assert account.available == 100
 
 
+async def test_an_answer_that_is_lost_while_others_are_given_back_is_given_back_too() -> None:
+    account, clock = Account(1000), FakeClock()
+    book = book_of(account, clock)
+    account.is_away = True
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            await book.reserve(ACCOUNT, 10)
+    closed: list[str] = []
+    gate = asyncio.Event()
+
+    async def close(slice_ids: list[str]) -> None:
+        await gate.wait()
+        closed.extend(slice_ids)
+
+    book._close = close
+    # The settler's round and the end of the process, at the same time.
+    rounds = [asyncio.create_task(book.close_idle(0.0)) for _ in range(2)]
+    await settle_down()
+    with pytest.raises(Unavailable):
+        await book.reserve(ACCOUNT, 10)
+    gate.set()
+    await asyncio.gather(*rounds)
+    await book.close_idle(0.0)
+
+    assert set(closed) == {"s0", "s1", "s2"}
+
+
+async def test_a_hold_does_not_grow_on_a_slice_that_is_lost() -> None:
+    account, clock = Account(1000), FakeClock()
+    book = book_of(account, clock)
+    await warm_up(book, clock, 50)
+    hold = await book.reserve(ACCOUNT, 10)
+    assert hold.slice.free > 0
+
+    book.lost([hold.slice.slice_id])
+
+    # Billing has the rest back, or will soon.
+    assert not book.try_grow(hold, 1)
+
+
 async def test_billing_away_keeps_idle_slices_for_the_next_try() -> None:
     account, clock = Account(100), FakeClock()
     book = book_of(account, clock)
@@ -177,7 +420,7 @@ async def test_billing_away_keeps_idle_slices_for_the_next_try() -> None:
     assert account.available == 100
 
 
-async def test_concurrent_requests_share_one_new_slice() -> None:
+async def test_requests_that_wait_together_share_one_new_slice() -> None:
     account = Account(1000)
     account.gate = asyncio.Event()
     book = book_of(account, FakeClock())
@@ -187,7 +430,8 @@ async def test_concurrent_requests_share_one_new_slice() -> None:
     account.gate.set()
     holds = await asyncio.gather(*tasks)
 
-    assert len({hold.slice.slice_id for hold in holds}) == 1
+    assert account.asked == [(10, 10), (10, 90)]
+    assert len({hold.slice.slice_id for hold in holds}) == 2
 
 
 async def test_slices_are_bounded() -> None:

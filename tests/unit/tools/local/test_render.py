@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 from google.protobuf.descriptor import ServiceDescriptor
 from maas.auth.v1 import key_table_service_pb2
-from maas.billing.v1 import credit_slice_service_pb2, price_service_pb2
+from maas.billing.v1 import (
+    credit_slice_service_pb2,
+    limit_service_pb2,
+    price_service_pb2,
+    quota_service_pb2,
+)
 from maas.catalog.v1 import adapter_service_pb2, model_service_pb2, offering_service_pb2
 from maas.common.v1 import options_pb2
 from maas.engine.v1 import engine_service_pb2
@@ -29,7 +34,12 @@ from tools.local.place import SERVICES, State
 SERVED = {
     "auth": [key_table_service_pb2],
     "catalog": [adapter_service_pb2, model_service_pb2, offering_service_pb2],
-    "billing": [price_service_pb2, credit_slice_service_pb2],
+    "billing": [
+        credit_slice_service_pb2,
+        limit_service_pb2,
+        price_service_pb2,
+        quota_service_pb2,
+    ],
     "scheduler": [placement_service_pb2, worker_registry_service_pb2, worker_service_pb2],
     "worker-1": [engine_service_pb2],
     "gateway": [],
