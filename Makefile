@@ -22,7 +22,7 @@ TOGETHER = --numprocesses $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help run stop psql setup setup-dev setup-bench setup-deploy test check lint types imports \
-	gen-check protos unit integration system conformance deploy-check bench fix gen lock clean
+	gen-check protos unit integration system conformance chaos deploy-check bench fix gen lock clean
 
 help: ## This text
 	@awk 'BEGIN { FS = ":.*## " } \
@@ -79,6 +79,10 @@ system: setup-dev ## The whole suite as real processes
 conformance: $(if $(filter engine,$(GROUP)),setup-dev,setup) ## Show what is promised from outside; GROUP=stream|request|engine ONLY=U3,W-1
 	@GRPC_VERBOSITY=ERROR exec $(PY) -m tools.conformance --group "$(or $(GROUP),stream)" \
 		$(if $(ONLY),--only "$(ONLY)") $(ARGS)
+
+chaos: setup ## Kill a suite of its own under load, then audit every token. SECONDS=60 SEED=7
+	@GRPC_VERBOSITY=ERROR exec $(PY) -m tools.chaos $(if $(SECONDS),--seconds "$(SECONDS)") \
+		$(if $(SEED),--seed "$(SEED)") $(ARGS)
 
 deploy-check: setup-deploy ## Images and manifests, by their own linters; needs kubectl or kustomize
 	@exec $(PY) -m tools.deploy.check

@@ -11,6 +11,7 @@ from typing import get_args
 import pydantic
 import pytest
 
+from libs.config import FailpointsSection
 from libs.errors import Code, Reason
 from tests.tidy.repository import ROOT, files, name_of, services
 
@@ -101,7 +102,9 @@ def keys_of(section: type[pydantic.BaseModel]) -> Iterator[str]:
         if not nested:
             yield name
         for kind in nested:
-            yield from keys_of(kind)
+            # No operator writes these: libs/failpoints.py has their words.
+            if kind is not FailpointsSection:
+                yield from keys_of(kind)
 
 
 @pytest.mark.parametrize("service", services(), ids=name_of)

@@ -44,7 +44,7 @@ NARROW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 64))
 _DETAILS_KEY = "grpc-status-details-bin"
 _DOMAIN = "maas"
 
-_Details = tuple[str, dict[str, str], tuple[str, ...]]
+_Details = tuple[str, dict[str, str], tuple[str, ...], float | None]
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -58,6 +58,7 @@ class Refusal(Exception):
         reason: of the ErrorInfo; empty when the status carried none.
         metadata: of the ErrorInfo.
         fields: paths of the bad fields.
+        retry_s: of RetryInfo, seconds; None when there was none.
         message: for people.
     """
 
@@ -67,6 +68,7 @@ class Refusal(Exception):
         reason: str,
         metadata: dict[str, str],
         fields: tuple[str, ...],
+        retry_s: float | None,
         message: str,
     ) -> None:
         super().__init__(f"{code.name}/{reason or 'no reason'}: {message}")
@@ -74,13 +76,14 @@ class Refusal(Exception):
         self.reason = reason
         self.metadata = metadata
         self.fields = fields
+        self.retry_s = retry_s
         self.message = message
 
     @classmethod
     def of(cls, failure: grpc.aio.AioRpcError) -> Refusal:
         """Reads a failed call."""
         code = Code(failure.code().value[0])
-        found: _Details = ("", {}, ())
+        found: _Details = ("", {}, (), None)
         for key, value in failure.trailing_metadata() or ():
             if key == _DETAILS_KEY and isinstance(value, bytes):
                 found = _details(value)
@@ -97,12 +100,14 @@ class Refusal(Exception):
 
 
 def _details(raw: bytes) -> _Details:
-    """Reads reason, metadata and the paths of bad fields."""
+    """Reads reason, metadata, the paths of bad fields, and when to repeat."""
     try:
         status = status_pb2.Status.FromString(raw)
     except DecodeError:
-        return "", {}, ()
+        return "", {}, (), None
     info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+    retry = error_details_pb2.RetryInfo()
+    retry_s: float | None = None
     reason = ""
     metadata: dict[str, str] = {}
     fields: tuple[str, ...] = ()
@@ -111,7 +116,9 @@ def _details(raw: bytes) -> _Details:
             reason, metadata = info.reason, dict(info.metadata)
         elif detail.Unpack(bad):
             fields = tuple(item.field for item in bad.field_violations)
-    return reason, metadata, fields
+        elif detail.Unpack(retry):
+            retry_s = retry.retry_delay.ToNanoseconds() / 1e9
+    return reason, metadata, fields, retry_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,10 @@ COMMAND_S = 60.0
 
 WorkerAction = Callable[[str], Awaitable[None]]
 """Does something to a worker, given its name: "workers/w1"."""
+Action = Callable[[], Awaitable[None]]
+Statement = Callable[[str], Awaitable[None]]
+"""Runs SQL as the superuser, in one transaction, with triggers off: what nobody should do."""
+Figure = Callable[[], Awaitable[float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +56,10 @@ class Deployment:
         drain: asks a worker process to stop, as SIGTERM does; None when that is not allowed.
         catalog: host:port, for LoRA adapters; None when it is not reached.
         adapter: a LoRA adapter of the model that exists, or can be created; None for none.
+        more_endpoints: host:port of further gateways of the same deployment.
+        kill_gateway: kills the gateway's process at once; None when that is not allowed.
+        tamper: alters the ledger's tables; only on a suite that is thrown away.
+        busy_s: seconds that all engines have worked so far; None where workers are not reached.
         disabled: starts another deployment in which an operator has switched capabilities off,
             given their flags; None where that cannot be done.
     """
@@ -71,6 +79,10 @@ class Deployment:
     drain: WorkerAction | None = None
     catalog: str | None = None
     adapter: AdapterFile | None = None
+    more_endpoints: Sequence[str] = ()
+    kill_gateway: Action | None = None
+    tamper: Statement | None = None
+    busy_s: Figure | None = None
     disabled: Callable[[Sequence[str]], AbstractAsyncContextManager[Deployment]] | None = None
 
 
@@ -78,16 +90,24 @@ def shell_action(command: str) -> WorkerAction:
     """An action that runs a command of the operator; {worker} in it is the worker's id."""
 
     async def act(worker: str) -> None:
-        text = command.replace("{worker}", shlex.quote(worker.rpartition("/")[2]))
-        process = await asyncio.create_subprocess_shell(text)
-        try:
-            async with asyncio.timeout(COMMAND_S):
-                code = await process.wait()
-        except TimeoutError:
-            process.kill()
-            await process.wait()
-            raise CannotShow(f"the command for a worker took longer than {COMMAND_S:g} s") from None
-        if code != 0:
-            raise CannotShow(f"the command for a worker ended with exit code {code}")
+        await _run(command.replace("{worker}", shlex.quote(worker.rpartition("/")[2])))
 
     return act
+
+
+def command_of(command: str) -> Action:
+    """An action that runs a command of the operator as it is."""
+    return lambda: _run(command)
+
+
+async def _run(text: str) -> None:
+    process = await asyncio.create_subprocess_shell(text)
+    try:
+        async with asyncio.timeout(COMMAND_S):
+            code = await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        raise CannotShow(f"an operator's command took longer than {COMMAND_S:g} s") from None
+    if code != 0:
+        raise CannotShow(f"an operator's command ended with exit code {code}")

@@ -13,6 +13,11 @@ from tools.conformance import (
     conversation,
     delivery,
     money,
+    money_credit,
+    money_ends,
+    money_limits,
+    money_meter,
+    money_proof,
     release,
     scoring,
     sharing,
@@ -60,7 +65,31 @@ REQUEST: Mapping[str, Show] = MappingProxyType(
         "bombs": sharing.bombs_are_refused,
     }
 )
-GROUPS: Mapping[str, Mapping[str, Show]] = MappingProxyType({"stream": STREAM, "request": REQUEST})
+MONEY: Mapping[str, Show] = MappingProxyType(
+    {
+        "B-1": money_meter.tokens_are_counted,
+        "B-2": money_meter.held_then_settled_once,
+        "B-5": money_credit.repeats_are_one,
+        "U9": money_meter.quotes_come_true,
+        "U2": money_credit.ceilings_are_kept,
+        "B-6": money_credit.grants_are_used_in_order,
+        "B-3": money_limits.budgets_are_not_overshot,
+        "B-8": money_limits.rates_are_kept,
+        "B-9": money_limits.retry_info_comes_true,
+        "B-11": money_limits.alerts_come_once,
+        "B-7": money_meter.sums_agree,
+        "B-12": money_proof.exports_can_be_replayed,
+        "U4": money_proof.receipts_verify,
+        "B-13": money_meter.engine_time_is_shared,
+        "B-4": money_ends.every_end_has_its_charge,
+        "B-10": money_ends.nothing_costs_nothing,
+        "U1": money_ends.kills_leave_exact_books,
+        "U6": money_proof.the_auditor_finds_it,
+    }
+)
+GROUPS: Mapping[str, Mapping[str, Show]] = MappingProxyType(
+    {"stream": STREAM, "request": REQUEST, "money": MONEY}
+)
 
 
 async def run(

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
+import re
+import secrets
 import signal
+import subprocess
+import sys
 import tempfile
+import urllib.request
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
+from libs.postgres import cluster
 from tools.ask import read_variables
 from tools.conformance.deployment import AdapterFile, Deployment, WorkerAction
 from tools.conformance.engine.trtllm import (
@@ -19,15 +26,26 @@ from tools.conformance.engine.trtllm import (
     write_tiny_model,
 )
 from tools.conformance.lora import write_adapter
+from tools.conformance.operator import within
 from tools.conformance.verdict import CannotShow
-from tools.local.place import OWN_MODEL, State
-from tools.local.temporary import SuiteFailure, temporary_suite
+from tools.local import probe
+from tools.local.place import (
+    DATABASE,
+    METRICS_OFFSET,
+    OWN_MODEL,
+    ROOT,
+    Ports,
+    State,
+    address,
+)
+from tools.local.temporary import PORTS_SPAN, START_S, SuiteFailure, temporary_suite
 
 STALL_LIMIT_S = 2.0
 REPLAY_WINDOW_S = 3.0
 WORKERS = 2
 CAPACITY = 32
 """Two workers of it hold the 50 streams of U5, and W-2 can fill them."""
+_STOP_S = 15.0
 _SETTINGS = (
     f"gateway.stall_limit={STALL_LIMIT_S:g}s",
     f"gateway.replay_window={REPLAY_WINDOW_S:g}s",
@@ -47,15 +65,19 @@ _STAND_IN_CONTEXT = 16_384
 _STAND_IN_SETTINGS = {"step_s": 0.003, "draws": "position", "kv_blocks": 32_768}
 _ADAPTER_ID = "conformance"
 _ADAPTER_FILE = "conformance.gguf"
+_ENGINE_BUSY = "maas_worker_engine_busy_seconds_total"
 
 
 @contextlib.contextmanager
-def own_suite(engine: str = "sim", settings: Sequence[str] = ()) -> Iterator[Deployment]:
+def own_suite(
+    engine: str = "sim", settings: Sequence[str] = (), *, gateways: int = 1
+) -> Iterator[Deployment]:
     """Starts a suite in a place and on ports of its own; stopped and removed at the end.
 
     Args:
         engine: of its workers, as `make run` knows them.
         settings: "section.key=value" beside the kit's own.
+        gateways: how many; the supervisor restarts the first only.
 
     Raises:
         SuiteFailure: it did not start.
@@ -68,7 +90,11 @@ def own_suite(engine: str = "sim", settings: Sequence[str] = ()) -> Iterator[Dep
             model, environment = _stand_in(Path(folder))
             flags += ["--model", str(model)]
         state = stack.enter_context(temporary_suite(flags, environment=environment))
-        yield _deployment(state, engine)
+        more = [
+            stack.enter_context(_another_gateway(state, number))
+            for number in range(2, gateways + 1)
+        ]
+        yield dataclasses.replace(_deployment(state, engine), more_endpoints=more)
 
 
 def _stand_in(folder: Path) -> tuple[Path, dict[str, str]]:
@@ -84,6 +110,47 @@ def _stand_in(folder: Path) -> tuple[Path, dict[str, str]]:
         return model, stand_in_environment(_STAND_IN_SETTINGS)
     except CannotShow as reason:
         raise SuiteFailure(str(reason)) from None
+
+
+@contextlib.contextmanager
+def _another_gateway(state: State, number: int) -> Iterator[str]:
+    """Runs one more gateway, as the first is configured; its address.
+
+    Raises:
+        SuiteFailure: it does not serve in time.
+    """
+    first = state.config / "gateway.toml"
+    place = read_variables(state)["MAAS_ENDPOINT"]
+    port = int(place.rpartition(":")[2])
+    own = port + PORTS_SPAN - number
+    text = first.read_text(encoding="utf-8").replace(place, address(own))
+    text = text.replace(address(port + METRICS_OFFSET), address(own + METRICS_OFFSET))
+    text = text.replace('instance = "g1"', f'instance = "g{number}"')
+    text = text.replace(str(state.journal), f"{state.journal}-{number}")
+    config = first.with_name(f"gateway-{number}.toml")
+    config.write_text(text, encoding="utf-8")
+    with (state.logs / f"gateway-{number}.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "services.gateway", "--config", str(config)],
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        asyncio.run(_serves(own))
+        yield address(own)
+    finally:
+        process.terminate()
+        try:
+            process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+async def _serves(port: int) -> None:
+    if not await within(START_S, lambda: probe.is_serving(port)):
+        raise SuiteFailure(f"another gateway does not serve within {START_S:g} s")
 
 
 @contextlib.asynccontextmanager
@@ -124,6 +191,9 @@ def _deployment(state: State, engine: str) -> Deployment:
         drain=_signals(state, signal.SIGTERM),
         catalog=variables["MAAS_CATALOG"],
         adapter=_adapter(state, engine),
+        kill_gateway=lambda: _signal(state, "gateway", signal.SIGKILL),
+        tamper=lambda statements: _tamper(state, statements),
+        busy_s=lambda: asyncio.to_thread(_busy_s, state),
         disabled=lambda flags: _disabled(engine, flags),
     )
 
@@ -144,8 +214,38 @@ def _signals(state: State, number: signal.Signals) -> WorkerAction:
     """An action that signals a worker's process; the supervisor starts another."""
 
     async def act(worker: str) -> None:
-        record = json.loads(state.processes.read_text(encoding="utf-8"))
-        name = worker.rpartition("/")[2].replace("w", "worker-", 1)
-        os.kill(int(record["started"][name][0]), number)
+        await _signal(state, worker.rpartition("/")[2].replace("w", "worker-", 1), number)
 
     return act
+
+
+async def _signal(state: State, name: str, number: signal.Signals) -> None:
+    os.kill(_process_ids(state)[name], number)
+
+
+def _process_ids(state: State) -> dict[str, int]:
+    """Process ids by name, as started last."""
+    record = json.loads(state.processes.read_text(encoding="utf-8"))
+    return {name: int(started[0]) for name, started in record["started"].items()}
+
+
+async def _tamper(state: State, statements: str) -> None:
+    """Runs SQL that no trigger sees. A temporary file: psql reads a script."""
+    text = f"BEGIN;\nSET LOCAL session_replication_role = replica;\n{statements}\nCOMMIT;\n"
+    script = state.root / f"tamper-{secrets.token_hex(4)}.sql"
+    script.write_text(text, encoding="utf-8")
+    await asyncio.to_thread(cluster.place(state.root).run_script, script, {}, database=DATABASE)
+
+
+def _busy_s(state: State) -> float:
+    """Sums what the workers' metrics say of their engines."""
+    names = [name for name in _process_ids(state) if name.startswith("worker-")]
+    ports = Ports(int(read_variables(state)["MAAS_ENDPOINT"].rpartition(":")[2]))
+    return sum(_busy_of(ports.of_process(name) + METRICS_OFFSET) for name in names)
+
+
+def _busy_of(port: int) -> float:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        text = answer.read().decode("ascii", "replace")
+    found = re.search(rf"^{_ENGINE_BUSY} (\S+)$", text, re.MULTILINE)
+    return 0.0 if found is None else float(found[1])

@@ -26,7 +26,7 @@ from maas.scheduler.v1 import worker_service_pb2 as workers
 from maas.scheduler.v1.worker_service_pb2_grpc import WorkerServiceStub
 
 from libs.errors import Code
-from libs.units import charge_usage
+from libs.units import Rates
 from tools.conformance.client import Refusal, Tenant
 from tools.conformance.verdict import Mismatch
 
@@ -90,15 +90,13 @@ class Books:
         """Whether the charge of a record is that of its usage, at the price that it names."""
         request = prices.GetPriceRequest(name=record.price)
         price = (await self._tenant.call(self._prices.GetPrice, request)).price
-        usage, cached = record.usage, price.cached_input_price_per_million
-        has_cached = price.HasField("cached_input_price_per_million")
-        wanted = charge_usage(
+        usage = record.usage
+        wanted = rates_of(price).charge(
             input_tokens=usage.input_tokens,
             output_tokens=usage.output_tokens,
-            input_price=price.input_price_per_million.nanos,
-            output_price=price.output_price_per_million.nanos,
             cached_input_tokens=usage.cached_input_tokens,
-            cached_input_price=cached.nanos if has_cached else None,
+            reasoning_tokens=usage.reasoning_tokens,
+            is_background=record.background,
         )
         return record.charge.nanos == wanted
 
@@ -287,3 +285,17 @@ async def is_known(tenant: Tenant) -> bool:
     except Refusal as refusal:
         return refusal.code is not Code.UNAUTHENTICATED
     return True
+
+
+def rates_of(price: ledger_pb2.Price) -> Rates:
+    """How a price makes counts a charge."""
+    cached = price.cached_input_price_per_million.nanos
+    reasoning = price.reasoning_price_per_million.nanos
+    return Rates(
+        input_price=price.input_price_per_million.nanos,
+        output_price=price.output_price_per_million.nanos,
+        cached_input_price=cached if price.HasField("cached_input_price_per_million") else None,
+        reasoning_price=reasoning if price.HasField("reasoning_price_per_million") else None,
+        request_price=price.request_price.nanos,
+        background_discount_percent=price.background_discount_percent,
+    )

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.conformance.deployment import AdapterFile, Deployment, shell_action
+from tools.conformance.deployment import AdapterFile, Deployment, command_of, shell_action
 from tools.conformance.engine.contract import CHECKS
 from tools.conformance.engine.run import known_names
 from tools.conformance.engine.table import ROWS
@@ -66,6 +66,8 @@ def parser() -> argparse.ArgumentParser:
     add("--adapter", metavar="ID", help="a LoRA adapter of the model that exists already")
     add("--kill-worker", metavar="COMMAND", help="kills {worker} at once; run by the shell")
     add("--drain-worker", metavar="COMMAND", help="sends SIGTERM to {worker}; run by the shell")
+    add("--kill-gateway", metavar="COMMAND", help="kills the gateway at once; run by the shell")
+    add("--more-gateways", metavar="HOST:PORT,...", help="further gateways of the deployment")
     add("--stall-limit", type=float, default=30.0, metavar="SECONDS", help="of the gateway (30)")
     add("--replay-window", type=float, default=60.0, metavar="SECONDS", help="of the gateway (60)")
     add("--ca", type=Path, help="PEM of the certificates to trust; without it plaintext")
@@ -127,6 +129,8 @@ def _deployment(found: argparse.Namespace) -> Deployment | None:
             "adapter",
             "kill_worker",
             "drain_worker",
+            "kill_gateway",
+            "more_gateways",
             "ca",
         )
         given = [name for name in outside if getattr(found, name) is not None]
@@ -159,6 +163,8 @@ def _deployment(found: argparse.Namespace) -> Deployment | None:
         replay_window_s=found.replay_window,
         kill=None if found.kill_worker is None else shell_action(found.kill_worker),
         drain=None if found.drain_worker is None else shell_action(found.drain_worker),
+        kill_gateway=None if found.kill_gateway is None else command_of(found.kill_gateway),
+        more_endpoints=[part for part in (found.more_gateways or "").split(",") if part],
     )
 
 

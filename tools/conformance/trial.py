@@ -54,17 +54,17 @@ class Trial:
         place = self.deployment
         own = place.api_key
         if place.billing is not None:
-            channel = await self._open(place.billing)
+            channel = await self.connect(place.billing)
             self.books = operator.Books(channel, Tenant(channel, own, place.model))
         if place.scheduler is not None and place.admin_key is not None:
-            channel = await self._open(place.scheduler)
+            channel = await self.connect(place.scheduler)
             self.fleet = operator.Fleet(channel, Tenant(channel, place.admin_key, place.model))
         if place.catalog is not None and place.admin_key is not None:
-            channel = await self._open(place.catalog)
+            channel = await self.connect(place.catalog)
             administrator = Tenant(channel, place.admin_key, place.model)
             self.adapters = operator.AdapterDesk(channel, administrator)
         if place.auth is not None and place.admin_key is not None:
-            channel = await self._open(place.auth)
+            channel = await self.connect(place.auth)
             administrator = Tenant(channel, place.admin_key, place.model)
             self.desk = operator.KeyDesk(channel, administrator, Tenant(channel, own, place.model))
         return self
@@ -190,7 +190,8 @@ class Trial:
         await fleet.require_idle("before the test")
         return fleet
 
-    async def _open(self, endpoint: str) -> grpc.aio.Channel:
+    async def connect(self, endpoint: str) -> grpc.aio.Channel:
+        """Opens a connection that is closed with the trial."""
         channel = self._channel(endpoint)
         return await self._stack.enter_async_context(channel)
 

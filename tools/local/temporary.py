@@ -18,9 +18,10 @@ from tools.local.place import METRICS_OFFSET, ROOT, State
 
 START_S = 150.0
 STOP_S = 150.0
-_SPAN = 16
+PORTS_SPAN = 16
+"""Ports of a suite, from its base on."""
 # Below the range from which systems take the numbers of outgoing connections.
-_BASES = range(20_000, 31_000, _SPAN)
+_BASES = range(20_000, 31_000, PORTS_SPAN)
 _BASE_ATTEMPTS = 100
 
 
@@ -88,7 +89,9 @@ def _free_port_base() -> int:
     """
     for _ in range(_BASE_ATTEMPTS):
         base = secrets.choice(_BASES)
-        if all(_is_free(base + n) and _is_free(base + n + METRICS_OFFSET) for n in range(_SPAN)):
+        if all(
+            _is_free(base + n) and _is_free(base + n + METRICS_OFFSET) for n in range(PORTS_SPAN)
+        ):
             return base
     raise SuiteFailure("no free ports between 20000 and 31000")
 

@@ -16,7 +16,7 @@ from maas.common.v1 import usage_pb2
 from maas.inference.v1 import generation_pb2, scores_pb2
 
 from libs.errors import Code, InvalidArgument, MaasError, Reason
-from libs.units import charge_usage
+from libs.units import Rates
 from tests.integration.tools.conformance import request_text
 from tests.integration.tools.conformance.request_cache import Prefixes
 from tests.integration.tools.conformance.request_faults import Wrong
@@ -303,13 +303,13 @@ class RequestHouse(StandIn):
 
 def charge_of(usage: usage_pb2.TokenUsage, *, is_cached_cheaper: bool) -> int:
     """Nanos of a generation."""
-    return int(
-        charge_usage(
-            input_tokens=usage.input_tokens,
-            output_tokens=usage.output_tokens,
-            input_price=INPUT_NANOS * _MILLION,
-            output_price=OUTPUT_NANOS * _MILLION,
-            cached_input_tokens=usage.cached_input_tokens,
-            cached_input_price=CACHED_NANOS * _MILLION if is_cached_cheaper else None,
-        )
+    rates = Rates(
+        input_price=INPUT_NANOS * _MILLION,
+        output_price=OUTPUT_NANOS * _MILLION,
+        cached_input_price=CACHED_NANOS * _MILLION if is_cached_cheaper else None,
+    )
+    return rates.charge(
+        input_tokens=usage.input_tokens,
+        output_tokens=usage.output_tokens,
+        cached_input_tokens=usage.cached_input_tokens,
     )

@@ -1,0 +1,177 @@
+"""The audit finds what must not be, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from tools.chaos.audit import BURST_S, OVER_MAX, Attempt, End, Halt, Kind, Record, audit, quantile
+
+RECORD = Record(
+    generation_id="gen_1",
+    request_id="r1",
+    input_tokens=10,
+    output_tokens=100,
+    charge_nanos=500,
+    is_ours=False,
+)
+
+
+def attempt_of(
+    end: End, *, received: int = 100, kind: Kind = Kind.STREAM, generation_id: str = "gen_1"
+) -> Attempt:
+    return Attempt(
+        request_id="r1",
+        kind=kind,
+        generation_id=generation_id,
+        received=received,
+        input_tokens=10,
+        charge_nanos=500,
+        end=end,
+    )
+
+
+def big(count: int) -> tuple[list[Attempt], list[Record]]:
+    """Clean generations that keep the share of what was charged too much small."""
+    attempts = [
+        Attempt(f"b{n}", Kind.STREAM, f"gen_b{n}", 100_000, 1, 1, End.CLEAN) for n in range(count)
+    ]
+    records = [
+        Record(
+            generation_id=f"gen_b{n}",
+            request_id=f"b{n}",
+            input_tokens=1,
+            output_tokens=100_000,
+            charge_nanos=1,
+            is_ours=False,
+        )
+        for n in range(count)
+    ]
+    return attempts, records
+
+
+def faults(attempts: list[Attempt], records: list[Record]) -> list[str]:
+    more_attempts, more_records = big(1)
+    return audit([*attempts, *more_attempts], [*records, *more_records]).faults
+
+
+def test_clean_generation_with_its_record_is_right() -> None:
+    assert faults([attempt_of(End.CLEAN)], [RECORD]) == []
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        dataclasses.replace(RECORD, output_tokens=101),
+        dataclasses.replace(RECORD, input_tokens=9),
+        dataclasses.replace(RECORD, charge_nanos=1),
+    ],
+)
+def test_clean_generation_has_to_be_exact(record: Record) -> None:
+    (fault,) = faults([attempt_of(End.CLEAN)], [record])
+
+    assert "gen_1 ended cleanly" in fault
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_generation_has_exactly_one_record(count: int) -> None:
+    found = faults([attempt_of(End.CUT)], [dataclasses.replace(RECORD, charge_nanos=0)] * count)
+
+    assert found == [f"gen_1 has {count} usage records, not one"]
+
+
+@pytest.mark.parametrize("end", [End.CUT, End.LEFT])
+@pytest.mark.parametrize(("over", "is_right"), [(0, True), (OVER_MAX, True), (OVER_MAX + 1, False)])
+def test_interrupted_stream_is_counted_a_little_too_much_at_most(
+    end: End, over: int, *, is_right: bool
+) -> None:
+    found = faults([attempt_of(end, received=100 - over)], [RECORD])
+
+    assert (found == []) == is_right
+
+
+@pytest.mark.parametrize(
+    ("halt", "is_right"),
+    [(Halt(5.0, 11.0), True), (Halt(0.0, 10.0 - BURST_S), True), (Halt(21.0, 22.0), False)],
+)
+def test_stream_around_a_halt_may_be_left_with_what_had_piled_up(
+    halt: Halt, *, is_right: bool
+) -> None:
+    attempt = attempt_of(End.LEFT, received=1)
+    attempt.start_s, attempt.end_s = 10.0, 20.0
+    attempts, records = big(1)
+
+    found = audit([attempt, *attempts], [RECORD, *records], [halt])
+
+    assert (found.faults == []) == is_right
+    assert found.halted_over == ([99] if halt.has_met(attempt) else [])
+
+
+def test_nobody_is_counted_less_than_was_received() -> None:
+    (fault,) = faults([attempt_of(End.CUT, received=101)], [RECORD])
+
+    assert "counts 100 tokens, its client received 101" in fault
+
+
+def test_who_detached_may_have_received_nothing_of_what_was_made() -> None:
+    assert faults([attempt_of(End.CUT, received=1, kind=Kind.DETACH)], [RECORD]) == []
+
+
+def test_charge_is_refused_where_the_end_was_ours() -> None:
+    (fault,) = faults([attempt_of(End.CUT)], [dataclasses.replace(RECORD, is_ours=True)])
+
+    assert fault == "gen_1 was charged though its end was ours"
+
+
+def test_request_is_charged_once() -> None:
+    again = dataclasses.replace(RECORD, generation_id="gen_2")
+
+    assert faults([attempt_of(End.CLEAN)], [RECORD, again]) == [
+        "request r1 was charged more than once"
+    ]
+
+
+def test_record_of_an_answer_that_never_came_is_found_by_its_request() -> None:
+    attempt = attempt_of(End.REFUSED, received=0, kind=Kind.UNARY, generation_id="")
+
+    (fault,) = faults([attempt], [RECORD])
+
+    assert "its client received 0" in fault
+
+
+def test_record_that_nobody_asked_for_is_found() -> None:
+    assert faults([], [RECORD]) == ["request r1 has a record and was never made"]
+
+
+def test_charging_too_much_too_often_is_found() -> None:
+    attempts, records = big(1)
+    cut = [
+        dataclasses.replace(
+            attempts[0], request_id=f"c{n}", generation_id=f"gen_c{n}", received=40, end=End.CUT
+        )
+        for n in range(10)
+    ]
+    counted = [
+        dataclasses.replace(
+            records[0], request_id=f"c{n}", generation_id=f"gen_c{n}", output_tokens=100
+        )
+        for n in range(10)
+    ]
+
+    found = audit([*attempts, *cut], [*records, *counted])
+
+    assert found.over_share == pytest.approx(600 / 101_000)
+    assert found.faults == ["0.594% of all tokens were charged and not received"]
+
+
+def test_share_of_a_few_tokens_is_not_judged() -> None:
+    found = audit([attempt_of(End.CUT, received=90)], [RECORD])
+
+    assert found.over_share == pytest.approx(0.1)
+    assert found.faults == []
+
+
+def test_quantile_is_a_value_that_was_there() -> None:
+    assert [quantile([3, 1, 2], share) for share in (0.0, 0.5, 0.99, 1.0)] == [1, 2, 3, 3]
+    assert quantile([], 0.5) == 0

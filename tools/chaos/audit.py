@@ -1,0 +1,237 @@
+"""What clients received beside what billing recorded. Pure: no gRPC, no clock.
+
+A client that read the last frame has exactly one record with its counts. One that was cut, or left,
+has been counted no less than it received and at most OVER_MAX more, whoever paid for it. Where the
+end was ours, nothing was charged.
+
+One case has no such bound, only its part in the share of all tokens: a gateway or worker that stood
+still and goes on sends all at once what has piled up, and a client that leaves in that very moment
+leaves with that on its way.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+OVER_MAX = 64
+"""Tokens that a stream may be counted more than its reading client received."""
+OVER_SHARE_MAX = 0.002
+"""The same over all that was charged."""
+BURST_S = 1.0
+"""How long after a halt what has piled up is being sent."""
+SHARE_TOKENS_MIN = 50_000
+"""A share of fewer tokens than these says nothing: one cut stream may be all of it."""
+
+
+class Kind(enum.Enum):
+    """What a client does."""
+
+    STREAM = "stream"
+    UNARY = "unary"
+    CANCEL = "cancel"
+    DETACH = "detach"
+
+
+class End(enum.Enum):
+    """How it ended for the client."""
+
+    CLEAN = "clean"
+    LEFT = "left"
+    CUT = "cut"
+    REFUSED = "refused"
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One generation as its client saw it.
+
+    Attributes:
+        request_id: of the client.
+        kind: what was tried.
+        generation_id: empty when no frame came.
+        received: output tokens.
+        input_tokens: that the last frame named; 0 without one.
+        charge_nanos: that the last frame named; 0 without one.
+        end: how it ended.
+        cause: why, for people.
+        start_s: on the loop's clock.
+        end_s: on the loop's clock.
+    """
+
+    request_id: str
+    kind: Kind
+    generation_id: str = ""
+    received: int = 0
+    input_tokens: int = 0
+    charge_nanos: int = 0
+    end: End = End.CUT
+    cause: str = ""
+    start_s: float = 0.0
+    end_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Halt:
+    """A time in which a gateway or a worker stood still.
+
+    Attributes:
+        start_s: on the loop's clock.
+        end_s: on the loop's clock.
+    """
+
+    start_s: float
+    end_s: float
+
+    def has_met(self, attempt: Attempt) -> bool:
+        """Whether a generation lived in it, or in the moment after."""
+        return attempt.start_s <= self.end_s + BURST_S and attempt.end_s >= self.start_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One usage record.
+
+    Attributes:
+        generation_id: what was settled.
+        request_id: of the client.
+        input_tokens: counted.
+        output_tokens: counted.
+        charge_nanos: taken.
+        is_ours: the end was not the client's: nothing may be taken.
+    """
+
+    generation_id: str
+    request_id: str
+    input_tokens: int
+    output_tokens: int
+    charge_nanos: int
+    is_ours: bool
+
+
+@dataclass(slots=True)
+class Audit:
+    """The outcome.
+
+    Attributes:
+        ends: attempts by their end.
+        halts: of gateways and workers.
+        interrupted: records whose clients did not see the end, or none at all.
+        charged: of them, those that were charged.
+        over: tokens charged and not received, of each interrupted stream of a reading client.
+        halted_over: the same of those that met a halt; over has them too.
+        lost_answers: the same of unary calls: an answer is sent whole, or is lost whole.
+        tokens: output tokens of all records that were charged.
+        faults: what must not be.
+    """
+
+    ends: Counter[End] = field(default_factory=Counter)
+    halts: Sequence[Halt] = ()
+    interrupted: int = 0
+    charged: int = 0
+    over: list[int] = field(default_factory=list)
+    halted_over: list[int] = field(default_factory=list)
+    lost_answers: list[int] = field(default_factory=list)
+    tokens: int = 0
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def over_share(self) -> float:
+        """Tokens of streams that were charged and not received, of all that were charged."""
+        return sum(self.over) / self.tokens if self.tokens else 0.0
+
+
+def audit(
+    attempts: Sequence[Attempt], records: Iterable[Record], halts: Sequence[Halt] = ()
+) -> Audit:
+    """Compares what clients received with what was recorded.
+
+    Args:
+        attempts: of all clients.
+        records: all that there are.
+        halts: of gateways and workers.
+    """
+    found = Audit(ends=Counter(attempt.end for attempt in attempts), halts=halts)
+    by_generation: dict[str, list[Record]] = defaultdict(list)
+    by_request: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        by_generation[record.generation_id].append(record)
+        by_request[record.request_id].append(record)
+        _check_record(record, found)
+    requests = {attempt.request_id for attempt in attempts}
+    for request_id, of_request in by_request.items():
+        if sum(record.charge_nanos > 0 for record in of_request) > 1:
+            found.faults.append(f"request {request_id} was charged more than once")
+        if request_id not in requests:
+            found.faults.append(f"request {request_id} has a record and was never made")
+    for attempt in attempts:
+        _check_attempt(attempt, by_generation, by_request, found)
+    if found.tokens >= SHARE_TOKENS_MIN and found.over_share > OVER_SHARE_MAX:
+        found.faults.append(f"{found.over_share:.3%} of all tokens were charged and not received")
+    return found
+
+
+def _check_record(record: Record, found: Audit) -> None:
+    if record.is_ours and record.charge_nanos:
+        found.faults.append(f"{record.generation_id} was charged though its end was ours")
+    if record.charge_nanos:
+        found.tokens += record.output_tokens
+
+
+def _check_attempt(
+    attempt: Attempt,
+    by_generation: Mapping[str, list[Record]],
+    by_request: Mapping[str, list[Record]],
+    found: Audit,
+) -> None:
+    if not attempt.generation_id:
+        # The client never heard of it; what may have been made of it, billing knows by the request.
+        for record in by_request.get(attempt.request_id, []):
+            _check_interrupted(attempt, record, found)
+        return
+    records = by_generation.get(attempt.generation_id, [])
+    if len(records) != 1:
+        found.faults.append(f"{attempt.generation_id} has {len(records)} usage records, not one")
+    elif attempt.end is End.CLEAN:
+        _check_clean(attempt, records[0], found)
+    else:
+        _check_interrupted(attempt, records[0], found)
+
+
+def _check_clean(attempt: Attempt, record: Record, found: Audit) -> None:
+    received = (attempt.input_tokens, attempt.received, attempt.charge_nanos)
+    recorded = (record.input_tokens, record.output_tokens, record.charge_nanos)
+    if received != recorded:
+        found.faults.append(
+            f"{attempt.generation_id} ended cleanly with input, output and charge {received}, its"
+            f" record has {recorded}"
+        )
+
+
+def _check_interrupted(attempt: Attempt, record: Record, found: Audit) -> None:
+    over = record.output_tokens - attempt.received
+    found.interrupted += 1
+    found.charged += record.charge_nanos > 0
+    # Who has detached is not reading: all that is made is released to the log, and counted.
+    is_reading = attempt.kind is not Kind.DETACH
+    is_halted = any(halt.has_met(attempt) for halt in found.halts)
+    if over < 0 or (is_reading and not is_halted and over > OVER_MAX):
+        found.faults.append(
+            f"{record.generation_id} ({attempt.kind.value}, {attempt.end.value}: {attempt.cause})"
+            f" counts {record.output_tokens} tokens, its client received {attempt.received}"
+        )
+    if is_reading and record.charge_nanos:
+        is_stream = attempt.kind is not Kind.UNARY
+        (found.over if is_stream else found.lost_answers).append(over)
+        if is_stream and is_halted:
+            found.halted_over.append(over)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value that this share of all values does not exceed; 0 of none."""
+    if not values:
+        return 0.0
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
