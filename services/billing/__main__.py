@@ -161,7 +161,8 @@ def _compose_audit(
 ) -> None:
     # A slice holds money until the sweeper comes, which may find the database away once.
     overdue_s = config.grace + 3 * config.sweep_interval + OVERDUE_SLACK_S
-    store = AuditStore(database, overdue_s=overdue_s, fault_of=fault_of)
+    keys = read_keys(config.receipt_keys_file)
+    store = AuditStore(database, overdue_s=overdue_s, fault_of=fault_of, keys=keys)
     auditor = Auditor(
         store,
         clock,

@@ -146,12 +146,22 @@ class AuditStore:
         overdue_s: longest time that a slice may hold money after its lease: the grace, and until
             the sweeper comes.
         fault_of: judges receipts.
+        keys: that are in use; those of the history are known besides. A process that has just
+            started settles with them before it has put them there.
     """
 
-    def __init__(self, database: Database, *, overdue_s: float, fault_of: FaultOf) -> None:
+    def __init__(
+        self,
+        database: Database,
+        *,
+        overdue_s: float,
+        fault_of: FaultOf,
+        keys: ReceiptKeys | None = None,
+    ) -> None:
         self._database = database
         self._overdue = timedelta(seconds=overdue_s)
         self._fault_of = fault_of
+        self._in_use = () if keys is None else tuple(keys.public_keys.values())
 
     async def audit(self, wish: AuditWish) -> AsyncGenerator[Finding | AuditResult, None]:
         """Looks for what is broken, on one snapshot: findings, then the result.
@@ -226,7 +236,7 @@ class AuditStore:
             "SELECT public_key FROM receipt_key WHERE octet_length(public_key) = $1",
             PUBLIC_KEY_BYTES,
         )
-        keys = ReceiptKeys([row["public_key"] for row in rows])
+        keys = ReceiptKeys([*self._in_use, *(row["public_key"] for row in rows)])
         index, parts = wish.receipt_share
         number = 0
         cursor = connection.cursor(

@@ -323,3 +323,16 @@ def test_a_file_of_keys_that_is_wrong_stops_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="line 1"):
         read_keys(path)
     assert read_keys(None).public_keys == {}
+
+
+async def test_keys_in_use_are_known_to_the_auditor_before_they_are_in_the_history(
+    billing: Billing,
+) -> None:
+    """As right behind a start: the history is written beside the first settlements."""
+    await billing.settle(signed(settled("gen_1")))
+    await billing.connection.execute(
+        "ALTER TABLE receipt_key DISABLE TRIGGER receipt_key_is_immutable"
+    )
+    await billing.connection.execute("DELETE FROM receipt_key")
+
+    assert (await reconcile(billing))[0] == []

@@ -73,7 +73,7 @@ async def test_asking_for_log_probabilities_changes_no_token(bench: Bench) -> No
     )
 
     assert plain.ids == scored.ids == beside.ids
-    assert plain.tops[:5] == [{}] * 5 or not plain.tops
+    assert not any(plain.tops)
     assert all(np.isnan(value) for value in plain.logprobs)
     assert not any(np.isnan(value) for value in scored.logprobs)
 
