@@ -20,6 +20,7 @@ from libs import postgres, process
 from libs.clock import Clock, SystemClock
 from libs.postgres import Database
 from libs.process import Background
+from libs.receipts import ReceiptKeys
 from libs.rpc import Hub, Server
 from libs.rpc.feed import poll_revision
 from libs.rpc.identity import Identity
@@ -133,7 +134,7 @@ def compose(
         credit_slice_service_pb2.DESCRIPTOR.services_by_name["CreditSliceService"],
     )
     _compose_limits(server, background, database, clock)
-    _compose_audit(server, background, database, clock, config)
+    _compose_audit(server, background, database, clock, config, receipt_keys)
 
 
 def _compose_limits(
@@ -158,10 +159,10 @@ def _compose_audit(
     database: Database,
     clock: Clock,
     config: BillingSection,
+    keys: ReceiptKeys,
 ) -> None:
     # A slice holds money until the sweeper comes, which may find the database away once.
     overdue_s = config.grace + 3 * config.sweep_interval + OVERDUE_SLACK_S
-    keys = read_keys(config.receipt_keys_file)
     store = AuditStore(database, overdue_s=overdue_s, fault_of=fault_of, keys=keys)
     auditor = Auditor(
         store,
