@@ -22,13 +22,14 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from maas.common.v1 import options_pb2 as maas_dot_common_dot_v1_dot_options__pb2
 from maas.engine.v1 import engine_pb2 as maas_dot_engine_dot_v1_dot_engine__pb2
 from maas.inference.v1 import embedding_service_pb2 as maas_dot_inference_dot_v1_dot_embedding__service__pb2
 from maas.inference.v1 import generation_pb2 as maas_dot_inference_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#maas/engine/v1/engine_service.proto\x12\x0emaas.engine.v1\x1a\x1cmaas/common/v1/options.proto\x1a\x1bmaas/engine/v1/engine.proto\x1a)maas/inference/v1/embedding_service.proto\x1a\"maas/inference/v1/generation.proto\"\x83\x01\n\x12\x45xecuteManyRequest\x12\x31\n\x05start\x18\x01 \x03(\x0b\x32\x19.maas.engine.v1.ExecutionB\x07\x92\xe7\x18\x03(\x80 \x12\x1c\n\x0b\x61\x62ort_lanes\x18\x02 \x03(\rB\x07\x92\xe7\x18\x03(\x80 \x12\x1c\n\x05grant\x18\x03 \x01(\rB\r\x92\xe7\x18\t\x19\x00\x00\x00\x00\x00\x00\xf0@\"A\n\x13\x45xecuteManyResponse\x12*\n\x06\x65vents\x18\x01 \x01(\x0b\x32\x1a.maas.engine.v1.StepEvents\"3\n\x0c\x41\x62ortRequest\x12#\n\rexecution_ids\x18\x01 \x03(\tB\x0c\x92\xe7\x18\x08\x08\x01 \x80\x01(\x80 \"M\n\rAbortResponse\x12\x1d\n\x15\x61\x62orted_execution_ids\x18\x01 \x03(\t\x12\x1d\n\x15unknown_execution_ids\x18\x02 \x03(\t\"\xac\x01\n\x0c\x45mbedRequest\x12\x1f\n\x0c\x65xecution_id\x18\x01 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \x80\x01\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12 \n\rmodel_version\x18\x03 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x38\n\x06inputs\x18\x04 \x03(\x0b\x32\x1d.maas.inference.v1.EmbedInputB\t\x92\xe7\x18\x05\x08\x01(\x80\x10\x12\x10\n\x08truncate\x18\x05 \x01(\x08\"i\n\rEmbedResponse\x12\x12\n\ndimensions\x18\x01 \x01(\r\x12\x14\n\x07vectors\x18\x02 \x01(\x0c\x42\x03\x80\x01\x01\x12\x14\n\x0cinput_tokens\x18\x03 \x03(\r\x12\x18\n\x10truncated_inputs\x18\x04 \x03(\r\"J\n\x12\x43ountTokensRequest\x12\x34\n\texecution\x18\x01 \x01(\x0b\x32\x19.maas.engine.v1.ExecutionB\x06\x92\xe7\x18\x02\x08\x01\"+\n\x13\x43ountTokensResponse\x12\x14\n\x0cinput_tokens\x18\x01 \x01(\r\"\x86\x01\n\x0fTokenizeRequest\x12 \n\rmodel_version\x18\x01 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x19\n\x04text\x18\x02 \x01(\tB\x0b\x80\x01\x01\x92\xe7\x18\x04 \x80\x80@\x12\x1a\n\x12\x61\x64\x64_special_tokens\x18\x03 \x01(\x08\x12\x1a\n\x12return_token_bytes\x18\x04 \x01(\x08\"D\n\x10TokenizeResponse\x12\x16\n\ttoken_ids\x18\x01 \x03(\rB\x03\x80\x01\x01\x12\x18\n\x0btoken_bytes\x18\x02 \x03(\x0c\x42\x03\x80\x01\x01\"j\n\x11\x44\x65tokenizeRequest\x12 \n\rmodel_version\x18\x01 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x33\n\x06tokens\x18\x02 \x01(\x0b\x32\x1b.maas.inference.v1.TokenIdsB\x06\x92\xe7\x18\x02\x08\x01\"@\n\x12\x44\x65tokenizeResponse\x12\x11\n\x04text\x18\x01 \x01(\tB\x03\x80\x01\x01\x12\x17\n\nincomplete\x18\x02 \x01(\x0c\x42\x03\x80\x01\x01\"\x16\n\x14GetEngineInfoRequest\"A\n\x15GetEngineInfoResponse\x12(\n\x04info\x18\x01 \x01(\x0b\x32\x1a.maas.engine.v1.EngineInfo\"\x10\n\x0eGetLoadRequest\";\n\x0fGetLoadResponse\x12(\n\x04load\x18\x01 \x01(\x0b\x32\x1a.maas.engine.v1.LoadReport\"\x16\n\x14WatchKvEventsRequest\"_\n\x15WatchKvEventsResponse\x12+\n\x05\x62\x61tch\x18\x01 \x01(\x0b\x32\x1c.maas.engine.v1.KvEventBatch\x12\x19\n\x11snapshot_complete\x18\x02 \x01(\x08\x32\x88\x07\n\rEngineService\x12\x64\n\x0b\x45xecuteMany\x12\".maas.engine.v1.ExecuteManyRequest\x1a#.maas.engine.v1.ExecuteManyResponse\"\x08\x8a\xe7\x18\x04\x08\x03\x18\x01(\x01\x30\x01\x12U\n\x05\x41\x62ort\x12\x1c.maas.engine.v1.AbortRequest\x1a\x1d.maas.engine.v1.AbortResponse\"\x0f\x90\x02\x02\x8a\xe7\x18\x08\x08\x03\x18\x02\"\x02\x08\x05\x12R\n\x05\x45mbed\x12\x1c.maas.engine.v1.EmbedRequest\x1a\x1d.maas.engine.v1.EmbedResponse\"\x0c\x8a\xe7\x18\x08\x08\x03\x18\x01\"\x02\x08<\x12g\n\x0b\x43ountTokens\x12\".maas.engine.v1.CountTokensRequest\x1a#.maas.engine.v1.CountTokensResponse\"\x0f\x90\x02\x01\x8a\xe7\x18\x08\x08\x03\x18\x02\"\x02\x08\n\x12^\n\x08Tokenize\x12\x1f.maas.engine.v1.TokenizeRequest\x1a .maas.engine.v1.TokenizeResponse\"\x0f\x90\x02\x01\x8a\xe7\x18\x08\x08\x03\x18\x02\"\x02\x08\n\x12\x64\n\nDetokenize\x12!.maas.engine.v1.DetokenizeRequest\x1a\".maas.engine.v1.DetokenizeResponse\"\x0f\x90\x02\x01\x8a\xe7\x18\x08\x08\x03\x18\x02\"\x02\x08\n\x12m\n\rGetEngineInfo\x12$.maas.engine.v1.GetEngineInfoRequest\x1a%.maas.engine.v1.GetEngineInfoResponse\"\x0f\x90\x02\x01\x8a\xe7\x18\x08\x08\x03\x18\x02\"\x02\x08\x05\x12k\n\rWatchKvEvents\x12$.maas.engine.v1.WatchKvEventsRequest\x1a%.maas.engine.v1.WatchKvEventsResponse\"\x0b\x90\x02\x01\x8a\xe7\x18\x04\x08\x03\x18\x02\x30\x01\x12[\n\x07GetLoad\x12\x1e.maas.engine.v1.GetLoadRequest\x1a\x1f.maas.engine.v1.GetLoadResponse\"\x0f\x90\x02\x01\x8a\xe7\x18\x08\x08\x03\x18\x02\"\x02\x08\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#maas/engine/v1/engine_service.proto\x12\x0emaas.engine.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cmaas/common/v1/options.proto\x1a\x1bmaas/engine/v1/engine.proto\x1a)maas/inference/v1/embedding_service.proto\x1a\"maas/inference/v1/generation.proto\"\x83\x01\n\x12\x45xecuteManyRequest\x12\x31\n\x05start\x18\x01 \x03(\x0b\x32\x19.maas.engine.v1.ExecutionB\x07\x92\xe7\x18\x03(\x80 \x12\x1c\n\x0b\x61\x62ort_lanes\x18\x02 \x03(\rB\x07\x92\xe7\x18\x03(\x80 \x12\x1c\n\x05grant\x18\x03 \x01(\rB\r\x92\xe7\x18\t\x19\x00\x00\x00\x00\x00\x00\xf0@\"A\n\x13\x45xecuteManyResponse\x12*\n\x06\x65vents\x18\x01 \x01(\x0b\x32\x1a.maas.engine.v1.StepEvents\"3\n\x0c\x41\x62ortRequest\x12#\n\rexecution_ids\x18\x01 \x03(\tB\x0c\x92\xe7\x18\x08\x08\x01 \x80\x01(\x80 \"M\n\rAbortResponse\x12\x1d\n\x15\x61\x62orted_execution_ids\x18\x01 \x03(\t\x12\x1d\n\x15unknown_execution_ids\x18\x02 \x03(\t\"\xac\x01\n\x0c\x45mbedRequest\x12\x1f\n\x0c\x65xecution_id\x18\x01 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \x80\x01\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12 \n\rmodel_version\x18\x03 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x38\n\x06inputs\x18\x04 \x03(\x0b\x32\x1d.maas.inference.v1.EmbedInputB\t\x92\xe7\x18\x05\x08\x01(\x80\x10\x12\x10\n\x08truncate\x18\x05 \x01(\x08\"\x99\x01\n\rEmbedResponse\x12\x12\n\ndimensions\x18\x01 \x01(\r\x12\x14\n\x07vectors\x18\x02 \x01(\x0c\x42\x03\x80\x01\x01\x12\x14\n\x0cinput_tokens\x18\x03 \x03(\r\x12\x18\n\x10truncated_inputs\x18\x04 \x03(\r\x12.\n\x0b\x65ngine_time\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"J\n\x12\x43ountTokensRequest\x12\x34\n\texecution\x18\x01 \x01(\x0b\x32\x19.maas.engine.v1.ExecutionB\x06\x92\xe7\x18\x02\x08\x01\"+\n\x13\x43ountTokensResponse\x12\x14\n\x0cinput_tokens\x18\x01 \x01(\r\"\x86\x01\n\x0fTokenizeRequest\x12 \n\rmodel_version\x18\x01 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x19\n\x04text\x18\x02 \x01(\tB\x0b\x80\x01\x01\x92\xe7\x18\x04 \x80\x80@\x12\x1a\n\x12\x61\x64\x64_special_tokens\x18\x03 \x01(\x08\x12\x1a\n\x12return_token_bytes\x18\x04 \x01(\x08\"D\n\x10TokenizeResponse\x12\x16\n\ttoken_ids\x18\x01 \x03(\rB\x03\x80\x01\x01\x12\x18\n\x0btoken_bytes\x18\x02 \x03(\x0c\x42\x03\x80\x01\x01\"j\n\x11\x44\x65tokenizeRequest\x12 \n\rmodel_version\x18\x01 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x33\n\x06tokens\x18\x02 \x01(\x0b\x32\x1b.maas.inference.v1.TokenIdsB\x06\x92\xe7\x18\x02\x08\x01\"@\n\x12\x44\x65tokenizeResponse\x12\x11\n\x04text\x18\x01 \x01(\tB\x03\x80\x01\x01\x12\x17\n\nincomplete\x18\x02 \x01(\x0c\x42\x03\x80\x01\x01\"\x16\n\x14GetEngineInfoRequest\"A\n\x15GetEngineInfoResponse\x12(\n\x04info\x18\x01 \x01(\x0b\x32\x1a.maas.engine.v1.EngineInfo\"\x10\n\x0eGetLoadRequest\";\n\x0fGetLoadResponse\x12(\n\x04load\x18\x01 \x01(\x0b\x32\x1a.maas.engine.v1.LoadReport\"\x16\n\x14WatchKvEventsRequest\"_\n\x15WatchKvEventsResponse\x12+\n\x05\x62\x61tch\x18\x01 \x01(\x0b\x32\x1c.maas.engine.v1.KvEventBatch\x12\x19\n\x11snapshot_complete\x18\x02 \x01(\x08\x32\x88\x07\n\rEngineService\x12\x64\n\x0b\x45xecuteMany\x12\".maas.engine.v1.ExecuteManyRequest\x1a#.maas.engine.v1.ExecuteManyResponse\"\x08\x8a\xe7\x18\x04\x08\x03\x18\x01(\x01\x30\x01\x12U\n\x05\x41\x62ort\x12\x1c.maas.engine.v1.AbortRequest\x1a\x1d.maas.engine.v1.AbortResponse\"\x0f\x90\x02\x02\x8a\xe7\x18\x08\x08\x03\x18\x02\"\x02\x08\x05\x12R\n\x05\x45mbed\x12\x1c.maas.engine.v1.EmbedRequest\x1a\x1d.maas.engine.v1.EmbedResponse\"\x0c\x8a\xe7\x18\x08\x08\x03\x18\x01\"\x02\x08<\x12g\n\x0b\x43ountTokens\x12\".maas.engine.v1.CountTokensRequest\x1a#.maas.engine.v1.CountTokensResponse\"\x0f\x90\x02\x01\x8a\xe7\x18\x08\x08\x03\x18\x02\"\x02\x08\n\x12^\n\x08Tokenize\x12\x1f.maas.engine.v1.TokenizeRequest\x1a .maas.engine.v1.TokenizeResponse\"\x0f\x90\x02\x01\x8a\xe7\x18\x08\x08\x03\x18\x02\"\x02\x08\n\x12\x64\n\nDetokenize\x12!.maas.engine.v1.DetokenizeRequest\x1a\".maas.engine.v1.DetokenizeResponse\"\x0f\x90\x02\x01\x8a\xe7\x18\x08\x08\x03\x18\x02\"\x02\x08\n\x12m\n\rGetEngineInfo\x12$.maas.engine.v1.GetEngineInfoRequest\x1a%.maas.engine.v1.GetEngineInfoResponse\"\x0f\x90\x02\x01\x8a\xe7\x18\x08\x08\x03\x18\x02\"\x02\x08\x05\x12k\n\rWatchKvEvents\x12$.maas.engine.v1.WatchKvEventsRequest\x1a%.maas.engine.v1.WatchKvEventsResponse\"\x0b\x90\x02\x01\x8a\xe7\x18\x04\x08\x03\x18\x02\x30\x01\x12[\n\x07GetLoad\x12\x1e.maas.engine.v1.GetLoadRequest\x1a\x1f.maas.engine.v1.GetLoadResponse\"\x0f\x90\x02\x01\x8a\xe7\x18\x08\x08\x03\x18\x02\"\x02\x08\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -87,42 +88,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENGINESERVICE'].methods_by_name['WatchKvEvents']._serialized_options = b'\220\002\001\212\347\030\004\010\003\030\002'
   _globals['_ENGINESERVICE'].methods_by_name['GetLoad']._loaded_options = None
   _globals['_ENGINESERVICE'].methods_by_name['GetLoad']._serialized_options = b'\220\002\001\212\347\030\010\010\003\030\002\"\002\010\005'
-  _globals['_EXECUTEMANYREQUEST']._serialized_start=194
-  _globals['_EXECUTEMANYREQUEST']._serialized_end=325
-  _globals['_EXECUTEMANYRESPONSE']._serialized_start=327
-  _globals['_EXECUTEMANYRESPONSE']._serialized_end=392
-  _globals['_ABORTREQUEST']._serialized_start=394
-  _globals['_ABORTREQUEST']._serialized_end=445
-  _globals['_ABORTRESPONSE']._serialized_start=447
-  _globals['_ABORTRESPONSE']._serialized_end=524
-  _globals['_EMBEDREQUEST']._serialized_start=527
-  _globals['_EMBEDREQUEST']._serialized_end=699
-  _globals['_EMBEDRESPONSE']._serialized_start=701
-  _globals['_EMBEDRESPONSE']._serialized_end=806
-  _globals['_COUNTTOKENSREQUEST']._serialized_start=808
-  _globals['_COUNTTOKENSREQUEST']._serialized_end=882
-  _globals['_COUNTTOKENSRESPONSE']._serialized_start=884
-  _globals['_COUNTTOKENSRESPONSE']._serialized_end=927
-  _globals['_TOKENIZEREQUEST']._serialized_start=930
-  _globals['_TOKENIZEREQUEST']._serialized_end=1064
-  _globals['_TOKENIZERESPONSE']._serialized_start=1066
-  _globals['_TOKENIZERESPONSE']._serialized_end=1134
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1136
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1242
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1244
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1308
-  _globals['_GETENGINEINFOREQUEST']._serialized_start=1310
-  _globals['_GETENGINEINFOREQUEST']._serialized_end=1332
-  _globals['_GETENGINEINFORESPONSE']._serialized_start=1334
-  _globals['_GETENGINEINFORESPONSE']._serialized_end=1399
-  _globals['_GETLOADREQUEST']._serialized_start=1401
-  _globals['_GETLOADREQUEST']._serialized_end=1417
-  _globals['_GETLOADRESPONSE']._serialized_start=1419
-  _globals['_GETLOADRESPONSE']._serialized_end=1478
-  _globals['_WATCHKVEVENTSREQUEST']._serialized_start=1480
-  _globals['_WATCHKVEVENTSREQUEST']._serialized_end=1502
-  _globals['_WATCHKVEVENTSRESPONSE']._serialized_start=1504
-  _globals['_WATCHKVEVENTSRESPONSE']._serialized_end=1599
-  _globals['_ENGINESERVICE']._serialized_start=1602
-  _globals['_ENGINESERVICE']._serialized_end=2506
+  _globals['_EXECUTEMANYREQUEST']._serialized_start=226
+  _globals['_EXECUTEMANYREQUEST']._serialized_end=357
+  _globals['_EXECUTEMANYRESPONSE']._serialized_start=359
+  _globals['_EXECUTEMANYRESPONSE']._serialized_end=424
+  _globals['_ABORTREQUEST']._serialized_start=426
+  _globals['_ABORTREQUEST']._serialized_end=477
+  _globals['_ABORTRESPONSE']._serialized_start=479
+  _globals['_ABORTRESPONSE']._serialized_end=556
+  _globals['_EMBEDREQUEST']._serialized_start=559
+  _globals['_EMBEDREQUEST']._serialized_end=731
+  _globals['_EMBEDRESPONSE']._serialized_start=734
+  _globals['_EMBEDRESPONSE']._serialized_end=887
+  _globals['_COUNTTOKENSREQUEST']._serialized_start=889
+  _globals['_COUNTTOKENSREQUEST']._serialized_end=963
+  _globals['_COUNTTOKENSRESPONSE']._serialized_start=965
+  _globals['_COUNTTOKENSRESPONSE']._serialized_end=1008
+  _globals['_TOKENIZEREQUEST']._serialized_start=1011
+  _globals['_TOKENIZEREQUEST']._serialized_end=1145
+  _globals['_TOKENIZERESPONSE']._serialized_start=1147
+  _globals['_TOKENIZERESPONSE']._serialized_end=1215
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1217
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1323
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1325
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1389
+  _globals['_GETENGINEINFOREQUEST']._serialized_start=1391
+  _globals['_GETENGINEINFOREQUEST']._serialized_end=1413
+  _globals['_GETENGINEINFORESPONSE']._serialized_start=1415
+  _globals['_GETENGINEINFORESPONSE']._serialized_end=1480
+  _globals['_GETLOADREQUEST']._serialized_start=1482
+  _globals['_GETLOADREQUEST']._serialized_end=1498
+  _globals['_GETLOADRESPONSE']._serialized_start=1500
+  _globals['_GETLOADRESPONSE']._serialized_end=1559
+  _globals['_WATCHKVEVENTSREQUEST']._serialized_start=1561
+  _globals['_WATCHKVEVENTSREQUEST']._serialized_end=1583
+  _globals['_WATCHKVEVENTSRESPONSE']._serialized_start=1585
+  _globals['_WATCHKVEVENTSRESPONSE']._serialized_end=1680
+  _globals['_ENGINESERVICE']._serialized_start=1683
+  _globals['_ENGINESERVICE']._serialized_end=2587
 # @@protoc_insertion_point(module_scope)

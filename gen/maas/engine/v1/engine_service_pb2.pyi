@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from maas.engine.v1 import engine_pb2 as _engine_pb2
@@ -185,6 +186,7 @@ class EmbedResponse(_message.Message):
     VECTORS_FIELD_NUMBER: _builtins.int
     INPUT_TOKENS_FIELD_NUMBER: _builtins.int
     TRUNCATED_INPUTS_FIELD_NUMBER: _builtins.int
+    ENGINE_TIME_FIELD_NUMBER: _builtins.int
     dimensions: _builtins.int
     """Numbers in each vector."""
     vectors: _builtins.bytes
@@ -197,6 +199,10 @@ class EmbedResponse(_message.Message):
     def truncated_inputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Places of the inputs that were cut, from 0."""
 
+    @_builtins.property
+    def engine_time(self) -> _duration_pb2.Duration:
+        """Share of the engine's time that the inputs took."""
+
     def __init__(
         self,
         *,
@@ -204,10 +210,11 @@ class EmbedResponse(_message.Message):
         vectors: _builtins.bytes = ...,
         input_tokens: _abc.Iterable[_builtins.int] | None = ...,
         truncated_inputs: _abc.Iterable[_builtins.int] | None = ...,
+        engine_time: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["engine_time", b"engine_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dimensions", b"dimensions", "input_tokens", b"input_tokens", "truncated_inputs", b"truncated_inputs", "vectors", b"vectors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dimensions", b"dimensions", "engine_time", b"engine_time", "input_tokens", b"input_tokens", "truncated_inputs", b"truncated_inputs", "vectors", b"vectors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

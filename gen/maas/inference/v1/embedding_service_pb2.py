@@ -24,11 +24,12 @@ _sym_db = _symbol_database.Default()
 
 from maas.common.v1 import money_pb2 as maas_dot_common_dot_v1_dot_money__pb2
 from maas.common.v1 import options_pb2 as maas_dot_common_dot_v1_dot_options__pb2
+from maas.common.v1 import receipt_pb2 as maas_dot_common_dot_v1_dot_receipt__pb2
 from maas.common.v1 import usage_pb2 as maas_dot_common_dot_v1_dot_usage__pb2
 from maas.inference.v1 import generation_pb2 as maas_dot_inference_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)maas/inference/v1/embedding_service.proto\x12\x11maas.inference.v1\x1a\x1amaas/common/v1/money.proto\x1a\x1cmaas/common/v1/options.proto\x1a\x1amaas/common/v1/usage.proto\x1a\"maas/inference/v1/generation.proto\"\xb1\x03\n\x0c\x45mbedRequest\x12\x18\n\x05model\x18\x01 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x38\n\x06inputs\x18\x02 \x03(\x0b\x32\x1d.maas.inference.v1.EmbedInputB\t\x92\xe7\x18\x05\x08\x01(\x80\x10\x12\x45\n\ndimensions\x18\x03 \x01(\rB,\x92\xe7\x18(\x11\x00\x00\x00\x00\x00\x00\xf0?\x19\x00\x00\x00\x00\x00\x00\xf0@B\x14\x65mbedding_dimensionsH\x00\x88\x01\x01\x12;\n\x08\x65ncoding\x18\x04 \x01(\x0e\x32!.maas.inference.v1.VectorEncodingB\x06\x92\xe7\x18\x02\x38\x01\x12\x10\n\x08truncate\x18\x05 \x01(\x08\x12^\n\x06labels\x18\x06 \x03(\x0b\x32+.maas.inference.v1.EmbedRequest.LabelsEntryB!\x92\xe7\x18\x1d \x80\x02(\x10\x32\x16[a-z][a-z0-9_.-]{0,62}\x12\x19\n\x08\x65nd_user\x18\x07 \x01(\tB\x07\x92\xe7\x18\x03 \x80\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\r\n\x0b_dimensions\"c\n\nEmbedInput\x12\x1d\n\x04text\x18\x01 \x01(\tB\r\x80\x01\x01\x92\xe7\x18\x06\x08\x01 \x80\x80@H\x00\x12-\n\x06tokens\x18\x02 \x01(\x0b\x32\x1b.maas.inference.v1.TokenIdsH\x00\x42\x07\n\x05input\"\xd3\x01\n\rEmbedResponse\x12\x30\n\nembeddings\x18\x01 \x03(\x0b\x32\x1c.maas.inference.v1.Embedding\x12)\n\x05usage\x18\x02 \x01(\x0b\x32\x1a.maas.common.v1.TokenUsage\x12%\n\x06\x63harge\x18\x03 \x01(\x0b\x32\x15.maas.common.v1.Money\x12\x10\n\x08offering\x18\x04 \x01(\t\x12\x15\n\rmodel_version\x18\x05 \x01(\t\x12\x15\n\rgeneration_id\x18\x06 \x01(\t\"^\n\tEmbedding\x12\x13\n\x06values\x18\x01 \x03(\x02\x42\x03\x80\x01\x01\x12\x13\n\x06packed\x18\x02 \x01(\x0c\x42\x03\x80\x01\x01\x12\x14\n\x0cinput_tokens\x18\x03 \x01(\x03\x12\x11\n\ttruncated\x18\x04 \x01(\x08*\x8c\x01\n\x0eVectorEncoding\x12\x1f\n\x1bVECTOR_ENCODING_UNSPECIFIED\x10\x00\x12\x19\n\x15VECTOR_ENCODING_FLOAT\x10\x01\x12\x1e\n\x1aVECTOR_ENCODING_FLOAT32_LE\x10\x02\x12\x1e\n\x1aVECTOR_ENCODING_FLOAT16_LE\x10\x03\x32\x7f\n\x10\x45mbeddingService\x12k\n\x05\x45mbed\x12\x1f.maas.inference.v1.EmbedRequest\x1a .maas.inference.v1.EmbedResponse\"\x1f\x8a\xe7\x18\x1b\x08\x01\x12\x11\x65mbeddings.create\x18\x01\"\x02\x08<b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)maas/inference/v1/embedding_service.proto\x12\x11maas.inference.v1\x1a\x1amaas/common/v1/money.proto\x1a\x1cmaas/common/v1/options.proto\x1a\x1cmaas/common/v1/receipt.proto\x1a\x1amaas/common/v1/usage.proto\x1a\"maas/inference/v1/generation.proto\"\xb1\x03\n\x0c\x45mbedRequest\x12\x18\n\x05model\x18\x01 \x01(\tB\t\x92\xe7\x18\x05\x08\x01 \xa0\x01\x12\x38\n\x06inputs\x18\x02 \x03(\x0b\x32\x1d.maas.inference.v1.EmbedInputB\t\x92\xe7\x18\x05\x08\x01(\x80\x10\x12\x45\n\ndimensions\x18\x03 \x01(\rB,\x92\xe7\x18(\x11\x00\x00\x00\x00\x00\x00\xf0?\x19\x00\x00\x00\x00\x00\x00\xf0@B\x14\x65mbedding_dimensionsH\x00\x88\x01\x01\x12;\n\x08\x65ncoding\x18\x04 \x01(\x0e\x32!.maas.inference.v1.VectorEncodingB\x06\x92\xe7\x18\x02\x38\x01\x12\x10\n\x08truncate\x18\x05 \x01(\x08\x12^\n\x06labels\x18\x06 \x03(\x0b\x32+.maas.inference.v1.EmbedRequest.LabelsEntryB!\x92\xe7\x18\x1d \x80\x02(\x10\x32\x16[a-z][a-z0-9_.-]{0,62}\x12\x19\n\x08\x65nd_user\x18\x07 \x01(\tB\x07\x92\xe7\x18\x03 \x80\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\r\n\x0b_dimensions\"c\n\nEmbedInput\x12\x1d\n\x04text\x18\x01 \x01(\tB\r\x80\x01\x01\x92\xe7\x18\x06\x08\x01 \x80\x80@H\x00\x12-\n\x06tokens\x18\x02 \x01(\x0b\x32\x1b.maas.inference.v1.TokenIdsH\x00\x42\x07\n\x05input\"\x83\x02\n\rEmbedResponse\x12\x30\n\nembeddings\x18\x01 \x03(\x0b\x32\x1c.maas.inference.v1.Embedding\x12)\n\x05usage\x18\x02 \x01(\x0b\x32\x1a.maas.common.v1.TokenUsage\x12%\n\x06\x63harge\x18\x03 \x01(\x0b\x32\x15.maas.common.v1.Money\x12\x10\n\x08offering\x18\x04 \x01(\t\x12\x15\n\rmodel_version\x18\x05 \x01(\t\x12\x15\n\rgeneration_id\x18\x06 \x01(\t\x12.\n\x07receipt\x18\x07 \x01(\x0b\x32\x1d.maas.common.v1.SignedReceipt\"^\n\tEmbedding\x12\x13\n\x06values\x18\x01 \x03(\x02\x42\x03\x80\x01\x01\x12\x13\n\x06packed\x18\x02 \x01(\x0c\x42\x03\x80\x01\x01\x12\x14\n\x0cinput_tokens\x18\x03 \x01(\x03\x12\x11\n\ttruncated\x18\x04 \x01(\x08*\x8c\x01\n\x0eVectorEncoding\x12\x1f\n\x1bVECTOR_ENCODING_UNSPECIFIED\x10\x00\x12\x19\n\x15VECTOR_ENCODING_FLOAT\x10\x01\x12\x1e\n\x1aVECTOR_ENCODING_FLOAT32_LE\x10\x02\x12\x1e\n\x1aVECTOR_ENCODING_FLOAT16_LE\x10\x03\x32\x7f\n\x10\x45mbeddingService\x12k\n\x05\x45mbed\x12\x1f.maas.inference.v1.EmbedRequest\x1a .maas.inference.v1.EmbedResponse\"\x1f\x8a\xe7\x18\x1b\x08\x01\x12\x11\x65mbeddings.create\x18\x01\"\x02\x08<b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -57,18 +58,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EMBEDDING'].fields_by_name['packed']._serialized_options = b'\200\001\001'
   _globals['_EMBEDDINGSERVICE'].methods_by_name['Embed']._loaded_options = None
   _globals['_EMBEDDINGSERVICE'].methods_by_name['Embed']._serialized_options = b'\212\347\030\033\010\001\022\021embeddings.create\030\001\"\002\010<'
-  _globals['_VECTORENCODING']._serialized_start=1034
-  _globals['_VECTORENCODING']._serialized_end=1174
-  _globals['_EMBEDREQUEST']._serialized_start=187
-  _globals['_EMBEDREQUEST']._serialized_end=620
-  _globals['_EMBEDREQUEST_LABELSENTRY']._serialized_start=560
-  _globals['_EMBEDREQUEST_LABELSENTRY']._serialized_end=605
-  _globals['_EMBEDINPUT']._serialized_start=622
-  _globals['_EMBEDINPUT']._serialized_end=721
-  _globals['_EMBEDRESPONSE']._serialized_start=724
-  _globals['_EMBEDRESPONSE']._serialized_end=935
-  _globals['_EMBEDDING']._serialized_start=937
-  _globals['_EMBEDDING']._serialized_end=1031
-  _globals['_EMBEDDINGSERVICE']._serialized_start=1176
-  _globals['_EMBEDDINGSERVICE']._serialized_end=1303
+  _globals['_VECTORENCODING']._serialized_start=1112
+  _globals['_VECTORENCODING']._serialized_end=1252
+  _globals['_EMBEDREQUEST']._serialized_start=217
+  _globals['_EMBEDREQUEST']._serialized_end=650
+  _globals['_EMBEDREQUEST_LABELSENTRY']._serialized_start=590
+  _globals['_EMBEDREQUEST_LABELSENTRY']._serialized_end=635
+  _globals['_EMBEDINPUT']._serialized_start=652
+  _globals['_EMBEDINPUT']._serialized_end=751
+  _globals['_EMBEDRESPONSE']._serialized_start=754
+  _globals['_EMBEDRESPONSE']._serialized_end=1013
+  _globals['_EMBEDDING']._serialized_start=1015
+  _globals['_EMBEDDING']._serialized_end=1109
+  _globals['_EMBEDDINGSERVICE']._serialized_start=1254
+  _globals['_EMBEDDINGSERVICE']._serialized_end=1381
 # @@protoc_insertion_point(module_scope)

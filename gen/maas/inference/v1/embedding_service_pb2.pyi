@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from maas.common.v1 import money_pb2 as _money_pb2
+from maas.common.v1 import receipt_pb2 as _receipt_pb2
 from maas.common.v1 import usage_pb2 as _usage_pb2
 from maas.inference.v1 import generation_pb2 as _generation_pb2
 import builtins as _builtins
@@ -166,6 +167,7 @@ class EmbedResponse(_message.Message):
     OFFERING_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     GENERATION_ID_FIELD_NUMBER: _builtins.int
+    RECEIPT_FIELD_NUMBER: _builtins.int
     offering: _builtins.str
     """"offerings/{offering}" that was called."""
     model_version: _builtins.str
@@ -184,6 +186,10 @@ class EmbedResponse(_message.Message):
     def charge(self) -> _money_pb2.Money:
         """What is taken from the account, at the price in force when the call came."""
 
+    @_builtins.property
+    def receipt(self) -> _receipt_pb2.SignedReceipt:
+        """Counts and charge, signed. Also by UsageService.GetReceipt, once it is settled."""
+
     def __init__(
         self,
         *,
@@ -193,10 +199,11 @@ class EmbedResponse(_message.Message):
         offering: _builtins.str = ...,
         model_version: _builtins.str = ...,
         generation_id: _builtins.str = ...,
+        receipt: _receipt_pb2.SignedReceipt | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "receipt", b"receipt", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "embeddings", b"embeddings", "generation_id", b"generation_id", "model_version", b"model_version", "offering", b"offering", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["charge", b"charge", "embeddings", b"embeddings", "generation_id", b"generation_id", "model_version", b"model_version", "offering", b"offering", "receipt", b"receipt", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
