@@ -15,8 +15,8 @@ import base64
 import binascii
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -43,9 +43,11 @@ class BadReceipt(Exception):
     """A receipt or a key is not what it has to be; the message says why, without its content."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReceiptContent:
+class ReceiptContent(NamedTuple):
     """What a receipt says.
+
+    A tuple, made in a third of the time that a frozen dataclass takes: billing makes two for each
+    settlement.
 
     Attributes:
         generation_id: what was delivered.

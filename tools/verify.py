@@ -129,8 +129,9 @@ def verify_all(
 def compare(contents: Sequence[ReceiptContent], invoice: invoice_service_pb2.Invoice) -> int:
     """Compares receipts with an invoice line by line, and prints that; returns what differs.
 
-    A line has to have the charge that its receipts sum to. It may have more records: what ended by
-    our fault is free, is counted all the same, and may have left no receipt.
+    A line has to have the charge that its receipts sum to, or less where the account did not have
+    that much. It may have more records: what ended by our fault is free, is counted all the same,
+    and may have left no receipt.
     """
     differences = _strangers(contents, invoice)
     receipts: dict[Line, Tally] = defaultdict(Tally)
@@ -162,6 +163,10 @@ def _strangers(contents: Sequence[ReceiptContent], invoice: invoice_service_pb2.
 def _compare_line(line: Line, receipts: Tally, billed: Tally) -> int:
     name = " at ".join(line)
     missing = billed.records - receipts.records
+    owed = receipts.charge_nanos - billed.charge_nanos
+    if owed > 0 and dataclasses.replace(receipts, charge_nanos=billed.charge_nanos) == billed:
+        print(f"good  {name}: {usd(billed.charge_nanos)}; the account had {usd(owed)} too little")
+        return 0
     if receipts.charge_nanos != billed.charge_nanos or missing < 0:
         print(
             f"BAD   {name}: {receipts.records} receipts sum to {usd(receipts.charge_nanos)}, "

@@ -1,10 +1,15 @@
-"""Structured logs: JSON lines on standard output."""
+"""Structured logs: JSON lines on standard output.
+
+What cannot be written is dropped: a full disk must not fail what an event is about.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
+from typing import TextIO, cast
 
 import structlog
 
@@ -14,6 +19,24 @@ _LEVELS = {
     "warning": logging.WARNING,
     "error": logging.ERROR,
 }
+
+
+class _Lenient:
+    """A text stream whose failures are nobody's."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes what can be written."""
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Hands on what can be handed on; the stream keeps the rest for the next time."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
 
 def configure_logs(service: str, level: str) -> None:
@@ -44,7 +67,7 @@ def configure_logs(service: str, level: str) -> None:
     structlog.configure(
         processors=[*processors, render],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stdout),
+        logger_factory=structlog.WriteLoggerFactory(file=cast("TextIO", _Lenient(sys.stdout))),
         cache_logger_on_first_use=True,
     )
     _take_over_standard_logging([*processors, render])
@@ -52,7 +75,7 @@ def configure_logs(service: str, level: str) -> None:
 
 def _take_over_standard_logging(processors: list[structlog.typing.Processor]) -> None:
     """Gives what libraries log the same form."""
-    handler = logging.StreamHandler(sys.stdout)
+    handler = logging.StreamHandler(cast("TextIO", _Lenient(sys.stdout)))
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *processors]

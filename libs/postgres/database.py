@@ -36,6 +36,8 @@ _AWAY = (
     # This process stood still inside a transaction, and the server gave up on it.
     asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.InterfaceError,
+    # The server has said its last word on an idle connection, and the end of it is not read yet.
+    asyncpg.InternalClientError,
     # What the caller meant is unknown to the server now; repeating it is safe by design.
     asyncpg.SerializationError,
     asyncpg.DeadlockDetectedError,

@@ -13,6 +13,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from libs import limits
 from libs.rpc.policy import policies_of, service_config
 from libs.rpc.status import error_of
+from libs.rpc.true_status import keep_true_status
 
 if TYPE_CHECKING:
     from grpc.aio import (
@@ -128,6 +129,7 @@ class Peer:
             MaasError: when the stream fails inside the block.
         """
         call = method(metadata=self._metadata)
+        keep_true_status(call)
         try:
             yield call
         except grpc.aio.AioRpcError as failure:

@@ -7,13 +7,24 @@ from google.protobuf import any_pb2
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
-from libs.errors import BY_CODE, Code, FieldRule, Internal, MaasError, Reason, Violation
+from libs.errors import (
+    BY_CODE,
+    Code,
+    FieldRule,
+    Internal,
+    MaasError,
+    Reason,
+    Unavailable,
+    Violation,
+)
 from libs.limits import STATUS_DETAILS_BYTES_MAX
 
 DOMAIN = "maas"
 DETAILS_KEY = "grpc-status-details-bin"
 REQUEST_ID_KEY = "x-request-id"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
+LOST_RETRY_S = 0.5
+"""When a call is worth repeating whose server went away: one that restarts is back soon."""
 
 _BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
 _DOMAIN_REASONS = {reason.value: reason for reason in Reason}
@@ -101,7 +112,8 @@ def error_of(failure: grpc.aio.AioRpcError) -> MaasError:
     """Turns the status of a failed call into the error that the server raised.
 
     A status without our details (a lost connection, a proxy, a foreign server) becomes the error
-    of its code with that class's default reason.
+    of its code with that class's default reason. UNAVAILABLE is gRPC's own then: its words name
+    addresses inside the suite, which are not for whoever the error is handed on to.
     """
     code = Code(failure.code().value[0])
     kind = BY_CODE.get(code, Internal)
@@ -109,6 +121,8 @@ def error_of(failure: grpc.aio.AioRpcError) -> MaasError:
     for key, value in failure.trailing_metadata() or ():
         if key == DETAILS_KEY and isinstance(value, bytes):
             return _from_details(kind, message, value)
+    if code is Code.UNAVAILABLE:
+        return Unavailable("the connection was lost", retry_after_s=LOST_RETRY_S)
     return kind(message)
 
 

@@ -36,6 +36,7 @@ from services.billing.receipts import (
     ReceiptReader,
     fault_of,
     read_keys,
+    read_reviewed,
     remember_keys,
 )
 from services.billing.service import AccountService, CreditSliceService, PriceService
@@ -163,7 +164,10 @@ def _compose_audit(
 ) -> None:
     # A slice holds money until the sweeper comes, which may find the database away once.
     overdue_s = config.grace + 3 * config.sweep_interval + OVERDUE_SLACK_S
-    store = AuditStore(database, overdue_s=overdue_s, fault_of=fault_of, keys=keys)
+    reviewed = read_reviewed(config.receipts_reviewed_file)
+    store = AuditStore(
+        database, overdue_s=overdue_s, fault_of=fault_of, keys=keys, reviewed=reviewed
+    )
     auditor = Auditor(
         store,
         clock,

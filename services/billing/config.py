@@ -23,6 +23,8 @@ class BillingSection(Section):
             ended in it have settled.
         receipt_keys_file: file with the public keys that gateways sign receipts with, one base64
             text a line; without it no receipt is kept. A key that is new is added here first.
+        receipts_reviewed_file: file with the ids of generations whose bad receipts an operator has
+            looked at, one a line, with a # comment; the auditor names them no more.
         audit_interval: time between two audits of what is new.
         audit_full_interval: longest time between two audits of everything.
     """
@@ -33,6 +35,7 @@ class BillingSection(Section):
     slice_retention: Seconds = pydantic.Field(default=86_400.0, ge=3600.0)
     invoice_delay: Seconds = pydantic.Field(default=3600.0, ge=0.0, le=2_678_400.0)
     receipt_keys_file: Path | None = None
+    receipts_reviewed_file: Path | None = None
     audit_interval: Seconds = pydantic.Field(default=60.0, ge=1.0)
     audit_full_interval: Seconds = pydantic.Field(default=3600.0, ge=1.0)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from types import MappingProxyType
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -17,6 +16,7 @@ from libs.ids import parse_name
 from libs.units import CURRENCY, NANOS_MAX
 from services.billing.domain import (
     ENGINE_TIME_MAX_US,
+    NO_LABELS,
     SYSTEM_PREFIX,
     TOKENS_MAX,
     Account,
@@ -46,7 +46,6 @@ _POSTED_KINDS = {
     ledger_pb2.ENTRY_KIND_GRANT: EntryKind.GRANT,
     ledger_pb2.ENTRY_KIND_ADJUSTMENT: EntryKind.ADJUSTMENT,
 }
-_NO_LABELS: Mapping[str, str] = MappingProxyType({})
 _END_CAUSES = {cause.value: cause for cause in EndCause}
 
 
@@ -150,7 +149,7 @@ def time_from_pb(message: Timestamp, field: str) -> datetime:
     """
     try:
         # A quarter of the time that Timestamp.ToDatetime takes, twice for each settlement.
-        return _EPOCH + timedelta(seconds=message.seconds, microseconds=message.nanos // 1000)
+        return _EPOCH + timedelta(0, message.seconds, message.nanos // 1000)
     except OverflowError:
         raise invalid_field(field, FieldRule.OUT_OF_RANGE, "is no time") from None
 
@@ -263,21 +262,43 @@ def settlements_from_pb(
     return settlements
 
 
+@lru_cache(maxsize=4096)
+def _ids_of(
+    account: str, project: str, api_key: str, offering: str, model_version: str, price: str
+) -> tuple[str, ...]:
+    """Reads the names of a settlement, which come together again and again: all in one look."""
+    return (
+        account_id_of(account, "account"),
+        project_id_of(project, "project"),
+        *ids_of(api_key, "apiKeys/*", "api_key"),
+        offering_id_of(offering, "offering"),
+        *ids_of(model_version, "models/*/versions/*", "model_version"),
+        price_id_of(price, "price"),
+    )
+
+
 def _settlement_from_pb(message: credit_slice_service_pb2.Settlement) -> Settlement:
-    model_id, version_id = ids_of(message.model_version, "models/*/versions/*", "model_version")
+    account_id, project_id, api_key_id, offering_id, model_id, version_id, price_id = _ids_of(
+        message.account,
+        message.project,
+        message.api_key,
+        message.offering,
+        message.model_version,
+        message.price,
+    )
     usage = message.usage
     input_tokens = _tokens(usage.input_tokens, "usage.input_tokens")
     output_tokens = _tokens(usage.output_tokens, "usage.output_tokens")
     return Settlement(
         generation_id=text_of(message.generation_id, "generation_id"),
         slice_id=text_of(message.slice_id, "slice_id"),
-        account_id=account_id_of(message.account, "account"),
-        project_id=project_id_of(message.project, "project"),
-        api_key_id=ids_of(message.api_key, "apiKeys/*", "api_key")[0],
-        offering_id=offering_id_of(message.offering, "offering"),
+        account_id=account_id,
+        project_id=project_id,
+        api_key_id=api_key_id,
+        offering_id=offering_id,
         model_id=model_id,
         version_id=version_id,
-        price_id=price_id_of(message.price, "price"),
+        price_id=price_id,
         input_tokens=input_tokens,
         output_tokens=output_tokens,
         cached_input_tokens=_part(
@@ -289,7 +310,7 @@ def _settlement_from_pb(message: credit_slice_service_pb2.Settlement) -> Settlem
         end_time=time_from_pb(message.end_time, "end_time"),
         request_id=text_of(message.request_id, "request_id"),
         request_sha256=_request_sha256(message),
-        labels=_labels(message.labels) if message.labels else _NO_LABELS,
+        labels=_labels(message.labels) if message.labels else NO_LABELS,
         end_user=text_of(message.end_user, "end_user"),
         engine_time_us=_engine_time_us(message),
         is_background=message.background,

@@ -166,18 +166,18 @@ def movement(
         now: when it is posted.
         grant_id: that the first account's entry gives or takes back.
     """
-    assert sum(amount for _, amount in sides) == 0
+    assert sum([amount for _, amount in sides]) == 0
     return [
         Entry(
-            number=number + index,
-            account_id=account_id,
-            transaction_number=number,
-            amount=amount,
-            kind=kind,
-            source=source,
-            description=description,
-            create_time=now,
-            grant_id=None if index else grant_id,
+            number + index,
+            account_id,
+            number,
+            amount,
+            kind,
+            source,
+            description,
+            now,
+            None if index else grant_id,
         )
         for index, (account_id, amount) in enumerate(sides)
     ]

@@ -13,8 +13,10 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
+from types import MappingProxyType
+from typing import NamedTuple
 
 from libs.errors import FailedPrecondition, FieldRule, Reason, invalid_field
 from libs.units import CURRENCY, NANOS_MAX, Nanos, Rates
@@ -23,6 +25,7 @@ SYSTEM_PREFIX = "system-"
 REVENUE = "system-revenue"
 FUNDING = "system-funding"
 BAD_DEBT = "system-bad-debt"
+NO_LABELS: Mapping[str, str] = MappingProxyType({})
 
 # Bounds that keep every charge within 64 bits: a line of input, one of output, and the request.
 PRICE_MAX = 10**15
@@ -182,9 +185,10 @@ class Balance:
         return max(0, self.posted - self.held + self.credit_limit - self.expired)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class Entry(NamedTuple):
     """One side of a movement of money.
+
+    A tuple, made in a third of the time that a frozen dataclass takes: two for each settlement.
 
     Attributes:
         number: consecutive over the whole ledger, in order of commit.
@@ -320,9 +324,10 @@ class Slice:
         return self.granted - self.consumed if self.state.holds_money else 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Receipt:
+class Receipt(NamedTuple):
     """A signed receipt, as a client got it or as it is kept.
+
+    A tuple for the same reason as Entry.
 
     Attributes:
         content: serialized maas.common.v1.Receipt, exactly the bytes that are signed.
@@ -337,9 +342,10 @@ class Receipt:
     fault: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settlement:
+class Settlement(NamedTuple):
     """One generation that has ended, as the gateway tells it. Ids are the parts of names.
+
+    A tuple for the same reason as Entry.
 
     Attributes:
         input_tokens: of the prompt, those from the prefix cache among them.
@@ -373,7 +379,7 @@ class Settlement:
     request_sha256: bytes = b""
     cached_input_tokens: int = 0
     reasoning_tokens: int = 0
-    labels: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = NO_LABELS
     end_user: str = ""
     engine_time_us: int = 0
     is_background: bool = False

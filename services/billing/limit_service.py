@@ -67,6 +67,7 @@ class LimitService(limit_service_pb2_grpc.LimitServiceServicer):
         limit = await self._store.update_limit(
             limit_convert.limit_id_of(message.name, "limit.name"),
             limit_convert.kind_from_pb(message),
+            self._clock.now(),
             account_id=(
                 convert.account_id_of(message.account, "limit.account") if message.account else ""
             ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Mapping
 
 import structlog
@@ -30,7 +31,15 @@ from maas.scheduler.v1 import (
     worker_service_pb2_grpc,
 )
 
-from libs.errors import FailedPrecondition, MaasError, NotFound, Reason, ResourceExhausted
+from libs.errors import (
+    DeadlineExceeded,
+    FailedPrecondition,
+    MaasError,
+    NotFound,
+    Reason,
+    ResourceExhausted,
+    unavailable,
+)
 from libs.process import Background
 from libs.rpc import Peer, follow
 from services.gateway import convert
@@ -68,6 +77,8 @@ LEASE_WAIT_S = 1.0
 # Quota is asked for while a client waits: billing that does not answer by then is away.
 QUOTA_WAIT_S = 2.0
 PLACES_WAIT_S = 1.0
+# The library repeats a call 80 ms after it has failed, or later.
+RETRY_MIN_S = 0.05
 
 
 async def follow_offerings(peer: Peer, table: Offerings) -> None:
@@ -158,7 +169,11 @@ class BillingClient:
         self._stub = credit_slice_service_pb2_grpc.CreditSliceServiceStub(peer.channel)
 
     async def acquire(self, slice_id: str, purse: Purse, required: int, wanted: int) -> Grant:
-        """Sets money aside. Raises as AcquireSlice does."""
+        """Sets money aside. Raises as AcquireSlice does.
+
+        Raises:
+            Unavailable: billing has not answered in time; it is not the time of the caller.
+        """
         self._journal.slice_wanted(slice_id)
         request = credit_slice_service_pb2.AcquireSliceRequest(
             slice_id=slice_id,
@@ -169,16 +184,35 @@ class BillingClient:
             required_nanos=required,
             wanted_nanos=wanted,
         )
+        loop = asyncio.get_running_loop()
+        asked_at_s = loop.time()
         try:
             response = await self._peer.call(self._stub.AcquireSlice, request)
         except (FailedPrecondition, NotFound, ResourceExhausted) as error:
             if not isinstance(error, ResourceExhausted) or (
                 error.reason is Reason.SPEND_LIMIT_REACHED
             ):
-                # Nothing was set aside, for sure.
-                self._journal.slices_closed([slice_id])
+                if loop.time() - asked_at_s < RETRY_MIN_S:
+                    # Nothing was set aside, for sure.
+                    self._journal.slices_closed([slice_id])
+                else:
+                    # A try before the one that was refused may still be on its way.
+                    await self._fence(slice_id)
             raise
+        except DeadlineExceeded as error:
+            raise unavailable("billing") from error
         return Grant(response.granted_nanos, response.lease_duration.ToTimedelta().total_seconds())
+
+    async def _fence(self, slice_id: str) -> None:
+        """Sees to it that nothing is set aside for a slice any more, whatever comes late.
+
+        Raises:
+            Unavailable: that is not known.
+        """
+        try:
+            await self.close([slice_id])
+        except DeadlineExceeded as error:
+            raise unavailable("billing") from error
 
     async def settle(self, settlements: list[Settlement], renew: list[str]) -> Settled:
         """Settles and renews. Raises as Settle does."""
@@ -198,11 +232,18 @@ class BillingClient:
         )
 
     async def find_charged(self, project: str, request_id: str) -> Charged | None:
-        """Finds what was charged under an idempotency key. Raises as FindSettlement does."""
-        response = await self._peer.call(
-            self._stub.FindSettlement,
-            credit_slice_service_pb2.FindSettlementRequest(project=project, request_id=request_id),
+        """Finds what was charged under an idempotency key. Raises as FindSettlement does.
+
+        Raises:
+            Unavailable: billing has not answered in time.
+        """
+        request = credit_slice_service_pb2.FindSettlementRequest(
+            project=project, request_id=request_id
         )
+        try:
+            response = await self._peer.call(self._stub.FindSettlement, request)
+        except DeadlineExceeded as error:
+            raise unavailable("billing") from error
         return convert.charged_from_pb(response)
 
     async def close(self, slice_ids: list[str]) -> None:

@@ -17,6 +17,7 @@ from maas.engine.v1 import engine_service_pb2_grpc
 
 from libs.clock import Clock
 from libs.errors import (
+    Cancelled,
     DeadlineExceeded,
     FailedPrecondition,
     FieldRule,
@@ -171,9 +172,9 @@ def _for_caller(error: MaasError, worker: str, field: str) -> MaasError:
     if isinstance(error, InvalidArgument):
         return _with_path(error, field)
     is_away = isinstance(error, Unavailable) and error.reason is Reason.SERVICE_UNAVAILABLE
-    if is_away or error.reason is Reason.FENCED:
+    if is_away or error.reason is Reason.FENCED or isinstance(error, Cancelled):
         # Mostly the library's words about a connection, which name an address; or the worker is not
-        # the registration that was meant.
+        # the registration that was meant; or it ends. Our own cancellation does not come back.
         return Unavailable(
             "the worker was lost",
             reason=Reason.WORKER_LOST,

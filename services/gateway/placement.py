@@ -156,11 +156,13 @@ class _Search:
 
     Attributes:
         exclude: workers to leave out.
-        last: what the last worker said that did not accept.
+        last: what the last worker said that did not accept, for whoever asked.
+        is_stale: it may accept all the same, once the scheduler names it again.
     """
 
     exclude: list[str]
     last: MaasError | None = None
+    is_stale: bool = False
 
 
 class Placer:
@@ -227,7 +229,7 @@ class Placer:
             return None
         slot = Slot(slot_id=spare.slot_id, targets=[spare])
         placed = await self._on_slot(slot, spare.execution_id, wanted, make, search)
-        if search.last is not None and search.last.reason in _SPARE_IS_STALE:
+        if search.is_stale:
             search.exclude = list(wanted.excluded)
         return placed
 
@@ -249,7 +251,8 @@ class Placer:
                 except MaasError as error:
                     if error.reason not in _TRY_ELSEWHERE:
                         raise
-                    search.last = error
+                    search.last = self._for_caller(error, target)
+                    search.is_stale = error.reason in _SPARE_IS_STALE
                     search.exclude.append(target.worker)
                     continue
                 is_used = True
@@ -258,6 +261,12 @@ class Placer:
             if not is_used and slot.slot_id is not None:
                 self._release(slot.slot_id)
         return None
+
+    def _for_caller(self, error: MaasError, target: Target | Spare) -> MaasError:
+        """Turns what a worker and the scheduler have between them into a worker that was lost."""
+        if error.reason is not Reason.FENCED:
+            return error
+        return self._links.get(target.worker, target.endpoint).lost()
 
     async def _slot(self, wanted: Wanted, execution_id: str, exclude: list[str]) -> Slot:
         try:

@@ -36,6 +36,7 @@ RACERS = 256
 AFFORDABLE = 7
 ENGINE_BUSY = "maas_worker_engine_busy_seconds_total"
 STREAM_S = 60.0
+DAY_S = 86_400
 LIMITS = limit_pb.DESCRIPTOR.services_by_name["LimitService"]
 USAGE = usage_pb.DESCRIPTOR.services_by_name["UsageService"]
 ACCOUNTS = accounts.DESCRIPTOR.services_by_name["AccountService"]
@@ -178,6 +179,29 @@ async def test_a_spend_limit_is_not_overshot(client: Client) -> None:
             assert refused.reason is Reason.SPEND_LIMIT_REACHED
             assert refused.metadata["limit"] == name
         await until_served(caller, 4)
+
+
+async def test_a_spend_limit_knows_what_was_spent_before_it_was_made(client: Client) -> None:
+    amount = money_pb2.Money(currency_code="USD", nanos=2**62)
+    spend = limit_pb.SpendLimit(amount=amount, window=limit_pb.SPEND_WINDOW_DAY)
+    async with calling(client) as caller, client.connect("billing", USAGE, LIMITS) as peer:
+        charge = (await caller.generate(4)).charge.nanos
+        running = await caller.begin(3000)
+        async with limited(client, spend=spend) as name:
+            request = limit_pb.GetLimitRequest(name=name)
+            made = (await peer.call(LimitServiceStub(peer.channel).GetLimit, request)).usage
+            running.cancel()
+            await eventually_settled(client)
+            ended = (await peer.call(LimitServiceStub(peer.channel).GetLimit, request)).usage
+        today = usage_pb.UsageFilter(end_time=ended.window_end_time)
+        today.start_time.seconds = ended.window_end_time.seconds - DAY_S
+        summarize = usage_pb.SummarizeUsageRequest(filter=today)
+        summed = await peer.call(UsageServiceStub(peer.channel).SummarizeUsage, summarize)
+
+    assert charge > 0
+    assert made.held.nanos > 0, "what ran when the limit was made"
+    assert ended.held.nanos == 0
+    assert ended.spent.nanos == summed.summaries[0].charge.nanos > made.spent.nanos
 
 
 async def test_racers_are_admitted_as_far_as_the_credit_goes(client: Client) -> None:

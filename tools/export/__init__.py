@@ -1,1 +1,1 @@
-"""Writes usage records of an account for other systems: CloudEvents, or FOCUS CSV."""
+"""Writes usage and credits of an account for other systems: CloudEvents, or FOCUS CSV."""

@@ -1,4 +1,4 @@
-"""Writes usage records for other systems: python -m tools.export --format cloudevents ...
+"""Writes usage, or credits, for other systems: python -m tools.export --format cloudevents ...
 
     export MAAS_KEY=mk_...
     python -m tools.export --endpoint 127.0.0.1:50053 --format focus --from 2026-01-01
@@ -12,13 +12,13 @@ from __future__ import annotations
 import asyncio
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import grpc
 from maas.billing.v1 import ledger_pb2
 
 from libs.clock import SystemClock
-from tools.export import cloudevents, focus
+from tools.export import cloudevents, focus, movements
 from tools.export.options import OptionError, Options, parse
 from tools.export.source import Source, connected
 
@@ -29,14 +29,25 @@ async def export(options: Options) -> None:
     async with connected(options, SystemClock()) as source:
         if options.form == "focus" and not options.after:
             sys.stdout.write(focus.header())
-        async for page in source.pages():
-            lines = [await _text_of(record, source, options) for record in page.records]
-            sys.stdout.write("".join(lines))
+        async for text, written, next_token in _texts(source, options):
+            sys.stdout.write(text)
             # What is said to be written has to be.
             sys.stdout.flush()
-            count += len(page.records)
-            more = f"; go on with --after {page.next_token}" if page.next_token else ""
+            count += written
+            more = f"; go on with --after {next_token}" if next_token else ""
             sys.stderr.write(f"export: {count} records{more}\n")
+
+
+async def _texts(source: Source, options: Options) -> AsyncIterator[tuple[str, int, str]]:
+    """Yields what is written of each page, how many things that is, and where the next begins."""
+    if options.content == "credits":
+        async for page in source.movements():
+            lines = [await _text_of_entry(entry, source, options) for entry in page.items]
+            yield "".join(lines), len(lines), page.next_token
+    else:
+        async for records in source.records():
+            lines = [await _text_of(record, source, options) for record in records.items]
+            yield "".join(lines), len(records.items), records.next_token
 
 
 async def _text_of(record: ledger_pb2.UsageRecord, source: Source, options: Options) -> str:
@@ -48,6 +59,13 @@ async def _text_of(record: ledger_pb2.UsageRecord, source: Source, options: Opti
         customer=await source.customer(record.name.partition("/usageRecords/")[0]),
         provider=options.provider,
     )
+
+
+async def _text_of_entry(entry: ledger_pb2.LedgerEntry, source: Source, options: Options) -> str:
+    if options.form == "cloudevents":
+        return movements.event_line_of(entry, source=options.source)
+    customer = await source.customer(entry.account)
+    return movements.focus_line_of(entry, customer=customer, provider=options.provider)
 
 
 def main(arguments: Sequence[str]) -> int:

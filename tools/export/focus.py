@@ -12,7 +12,8 @@ rounded parts, an account that had no more - the last rows have the less. A gene
 charged was priced for nothing: its PricingQuantity is zero, its ConsumedQuantity is what it took.
 
 All columns are there that the specification demands, and those it asks for where there is something
-to say; then ours, which start with x_. Refunds have no row: they come later, and are on invoices.
+to say; then ours, which start with x_. Refunds are rows of their own (movements.py), for they come
+later.
 """
 
 from __future__ import annotations
@@ -71,11 +72,14 @@ COLUMNS = (
     "x_EndCause",
     "x_EndUser",
     "x_RequestId",
+    "x_LedgerEntry",
+    "x_EntryKind",
 )
 _MILLION = Decimal(10**6)
 _TOKENS = ("1000000 Tokens", "Tokens")
 _REQUESTS = ("Requests", "Requests")
 _MONTHS = 12
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 _CHARGED = frozenset(
     {
         ledger_pb2.END_CAUSE_COMPLETED,
@@ -120,7 +124,7 @@ class Cost:
 
 def header() -> str:
     """Writes the names of the columns."""
-    return _csv([COLUMNS])
+    return csv_of([COLUMNS])
 
 
 def lines_of(
@@ -139,8 +143,8 @@ def lines_of(
     rows = []
     for meter, cost in zip(meters, costs_of(meters, record, price), strict=True):
         row = common | _of_meter(meter, cost, record)
-        rows.append([row[column] for column in COLUMNS])
-    return _csv(rows)
+        rows.append([row.get(column, "") for column in COLUMNS])
+    return csv_of(rows)
 
 
 def meters_of(record: ledger_pb2.UsageRecord, price: ledger_pb2.Price) -> list[Meter]:
@@ -197,32 +201,45 @@ def costs_of(
         )
 
 
-def _common(record: ledger_pb2.UsageRecord, *, customer: str, provider: str) -> dict[str, str]:
-    account = record.name.partition("/usageRecords/")[0]
-    start, end = _charge_period(record)
-    settled = record.settle_time.ToDatetime(tzinfo=UTC)
-    month = datetime(settled.year, settled.month, 1, tzinfo=UTC)
+def columns_of(account: str, time: datetime, *, customer: str, provider: str) -> dict[str, str]:
+    """Fills the columns that all rows of an account have.
+
+    Args:
+        account: "accounts/{account}".
+        time: in the billing period, UTC.
+        customer: name for people of the account; may be empty.
+        provider: who provides the service and issues the invoice.
+    """
+    month = datetime(time.year, time.month, 1, tzinfo=UTC)
     years, index = divmod(month.month, _MONTHS)
-    labels = {key: record.labels[key] for key in sorted(record.labels)}
-    tags = json.dumps(labels, ensure_ascii=False, separators=(",", ":")) if labels else ""
     return {
         "BillingAccountId": account,
-        "BillingAccountName": customer,
-        "BillingCurrency": record.charge.currency_code,
-        "BillingPeriodEnd": _time(datetime(month.year + years, index + 1, 1, tzinfo=UTC)),
-        "BillingPeriodStart": _time(month),
-        "ChargeCategory": "Usage",
-        "ChargeClass": "",
-        "ChargeFrequency": "Usage-Based",
-        "ChargePeriodEnd": _time(end),
-        "ChargePeriodStart": _time(start),
+        "BillingAccountName": text_cell(customer),
+        "BillingPeriodEnd": time_cell(datetime(month.year + years, index + 1, 1, tzinfo=UTC)),
+        "BillingPeriodStart": time_cell(month),
         "InvoiceIssuerName": provider,
-        "PricingCategory": "Standard",
         "ProviderName": provider,
         "PublisherName": provider,
         "ServiceCategory": "AI and Machine Learning",
         "ServiceName": "Model as a Service",
         "ServiceSubcategory": "Generative AI",
+    }
+
+
+def _common(record: ledger_pb2.UsageRecord, *, customer: str, provider: str) -> dict[str, str]:
+    account = record.name.partition("/usageRecords/")[0]
+    start, end = _charge_period(record)
+    settled = record.settle_time.ToDatetime(tzinfo=UTC)
+    labels = {key: record.labels[key] for key in sorted(record.labels)}
+    tags = json.dumps(labels, ensure_ascii=False, separators=(",", ":")) if labels else ""
+    return columns_of(account, settled, customer=customer, provider=provider) | {
+        "BillingCurrency": record.charge.currency_code,
+        "ChargeCategory": "Usage",
+        "ChargeClass": "",
+        "ChargeFrequency": "Usage-Based",
+        "ChargePeriodEnd": time_cell(end),
+        "ChargePeriodStart": time_cell(start),
+        "PricingCategory": "Standard",
         "SkuId": record.offering,
         "SubAccountId": record.project,
         "SubAccountName": record.project.partition("/")[2],
@@ -231,8 +248,8 @@ def _common(record: ledger_pb2.UsageRecord, *, customer: str, provider: str) -> 
         "x_ApiKeyId": record.api_key,
         "x_ModelVersion": record.model_version,
         "x_EndCause": end_cause_of(record),
-        "x_EndUser": record.end_user,
-        "x_RequestId": record.request_id,
+        "x_EndUser": text_cell(record.end_user),
+        "x_RequestId": text_cell(record.request_id),
     }
 
 
@@ -262,11 +279,21 @@ def _charge_period(record: ledger_pb2.UsageRecord) -> tuple[datetime, datetime]:
     return start, max(start, last) + timedelta(seconds=1)
 
 
-def _time(time: datetime) -> str:
+def time_cell(time: datetime) -> str:
+    """Writes a time of UTC, in whole seconds."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _csv(rows: Iterable[Iterable[str]]) -> str:
+def text_cell(text: str) -> str:
+    """Writes a text that others chose, so that no spreadsheet takes it for a formula.
+
+    One that begins as formulas do has an apostrophe before it; events have texts as they are.
+    """
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def csv_of(rows: Iterable[Iterable[str]]) -> str:
+    """Writes rows, each with the end of its line."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\r\n").writerows(rows)
     return text.getvalue()

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 FORMATS = ("cloudevents", "focus")
+CONTENTS = ("usage", "credits")
 KEY_VARIABLE = "MAAS_KEY"
 
 
@@ -26,9 +27,10 @@ class Options:
         key: an API key.
         certificates: PEM of those to trust; None for plaintext.
         form: one of FORMATS.
+        content: one of CONTENTS.
         parent: "accounts/{account}"; empty for a tenant's own.
-        start_time: records settled then or later; None for all.
-        end_time: records settled before; None for all.
+        start_time: what was settled or posted then or later; None for all.
+        end_time: what was settled or posted before; None for all.
         after: where a former run stopped; empty for the beginning.
         provider: who provides the service, in FOCUS.
         source: of CloudEvents; with the id it is what receivers tell repeats by.
@@ -38,6 +40,7 @@ class Options:
     key: str
     certificates: bytes | None
     form: str
+    content: str
     parent: str
     start_time: datetime | None
     end_time: datetime | None
@@ -50,23 +53,31 @@ def parser() -> argparse.ArgumentParser:
     """Describes the flags."""
     found = argparse.ArgumentParser(
         prog="python -m tools.export",
-        description="Writes usage records to standard output, oldest first. The same range gives"
+        description="Writes usage records, or what else moves the money of accounts, to standard"
+        " output, oldest first. The same range gives"
         " the same bytes, whenever it is asked for, once it is over.",
     )
     add = found.add_argument
     add("--endpoint", metavar="HOST:PORT", required=True, help="of billing")
     add("--format", choices=FORMATS, required=True, dest="form")
+    add(
+        "--what",
+        choices=CONTENTS,
+        default="usage",
+        dest="content",
+        help="usage (the default), or credits: grants, top-ups, refunds, adjustments, expiries",
+    )
     add("--key-file", type=Path, help=f"API key; without it the variable {KEY_VARIABLE}")
     add("--ca", type=Path, help="PEM of the certificates to trust; without it plaintext")
-    add("--parent", default="", metavar="accounts/ID", help="a tenant may leave it out")
+    add("--parent", default="", metavar="accounts/ID", help="a tenant may leave it out of usage")
     add(
         "--from",
         dest="start",
         metavar="TIME",
-        help="settled at this time or later: a day or a"
+        help="settled or posted at this time or later: a day or a"
         " time, as 2026-01-31 or 2026-01-31T12:00:00Z",
     )
-    add("--to", dest="end", metavar="TIME", help="settled before this time")
+    add("--to", dest="end", metavar="TIME", help="settled or posted before this time")
     add("--after", default="", metavar="TOKEN", help="go on where a run stopped, as it said")
     add("--provider", default="MaaS", metavar="NAME", help="who provides the service (MaaS)")
     add("--source", default="/maas/billing", metavar="URI", help="of events (/maas/billing)")
@@ -92,11 +103,14 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str] | None = None
         raise OptionError("--to must be after --from")
     if not (found.provider and found.source):
         raise OptionError("--provider and --source must not be empty")
+    if found.content == "credits" and not found.parent:
+        raise OptionError("--what credits needs --parent")
     return Options(
         endpoint=found.endpoint,
         key=_key(found.key_file, environment),
         certificates=None if found.ca is None else _read(found.ca),
         form=found.form,
+        content=found.content,
         parent=found.parent,
         start_time=start_time,
         end_time=end_time,

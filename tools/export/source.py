@@ -1,11 +1,12 @@
-"""Where exports read: usage records page by page, prices and accounts, from billing's methods."""
+"""Where exports read: usage records or ledger entries page by page, prices and accounts."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import grpc
 from maas.billing.v1 import account_service_pb2 as account_pb
@@ -26,21 +27,24 @@ PAGE_SIZE = 1000
 CALL_S = 60.0
 TRIES_MAX = 6
 _PAUSE_S = 0.5
+_SYSTEM_ACCOUNTS = "accounts/system-"
+_EVER = (datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC))
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
-class RecordPage:
-    """A page of records.
+class Page(Generic[Item]):
+    """A page of what is exported.
 
     Attributes:
-        records: oldest first.
+        items: oldest first.
         next_token: where the next page begins; empty after the last.
     """
 
-    records: Sequence[ledger_pb2.UsageRecord]
+    items: Sequence[Item]
     next_token: str
 
 
@@ -65,8 +69,8 @@ class Source:
         self._known_prices: dict[str, ledger_pb2.Price] = {}
         self._known_customers: dict[str, str] = {}
 
-    async def pages(self) -> AsyncIterator[RecordPage]:
-        """Yields the pages that were asked for."""
+    async def records(self) -> AsyncIterator[Page[ledger_pb2.UsageRecord]]:
+        """Yields the pages of usage records that were asked for."""
         options = self._options
         wanted = usage_pb.UsageFilter()
         if options.start_time is not None:
@@ -79,10 +83,36 @@ class Source:
                 parent=options.parent, page_size=PAGE_SIZE, page_token=token, filter=wanted
             )
             page = await self._call(self._usage.ListUsageRecords, request)
-            yield RecordPage(page.usage_records, page.next_page_token)
+            yield Page(page.usage_records, page.next_page_token)
             token = page.next_page_token
             if not token:
                 return
+
+    async def movements(self) -> AsyncIterator[Page[ledger_pb2.LedgerEntry]]:
+        """Yields the pages of ledger entries that were asked for: of customers, and no usage.
+
+        All entries are read for them: the ledger is listed whole.
+        """
+        token = self._options.after
+        while True:
+            request = account_pb.ListLedgerEntriesRequest(
+                parent=self._options.parent, page_size=PAGE_SIZE, page_token=token
+            )
+            page = await self._call(self._accounts.ListLedgerEntries, request)
+            found = [entry for entry in page.entries if self._is_wanted(entry)]
+            token = page.next_page_token
+            yield Page(found, token)
+            if not token:
+                return
+
+    def _is_wanted(self, entry: ledger_pb2.LedgerEntry) -> bool:
+        time = entry.create_time.ToDatetime(tzinfo=UTC)
+        return (
+            entry.kind != ledger_pb2.ENTRY_KIND_USAGE
+            and not entry.account.startswith(_SYSTEM_ACCOUNTS)
+            and (self._options.start_time or _EVER[0]) <= time
+            and time < (self._options.end_time or _EVER[1])
+        )
 
     async def price(self, name: str) -> ledger_pb2.Price:
         """Reads a price."""

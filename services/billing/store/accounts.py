@@ -217,9 +217,7 @@ class AccountStore:
                 await give(connection, balance, entries, grant_by_entry(entries[0]))
             else:
                 await insert_entries(connection, entries)
-                await change_posted(
-                    connection, posted={posting.account_id: posting.amount}, held={}
-                )
+                await change_posted(connection, {posting.account_id: posting.amount})
                 await advance_head(connection, entries=len(entries), records=0)
         return entries[0]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -29,7 +29,7 @@ CHECKPOINTS_MAX = 20_000
 """As many are kept: two weeks of one a minute."""
 # The arguments have their types here, whichever of them the statement takes.
 _BROKEN = """
-    WITH argument AS (SELECT $1::text, $2::bigint, $3::bigint, $4::interval)
+    WITH argument AS (SELECT $1::text, $2::bigint, $3::bigint, $4::interval, $5::text[])
     SELECT resource, description, count(*) OVER () AS total
       FROM
 """
@@ -148,6 +148,7 @@ class AuditStore:
         fault_of: judges receipts.
         keys: that are in use; those of the history are known besides. A process that has just
             started settles with them before it has put them there.
+        reviewed: generations whose bad receipts an operator has looked at; not told any more.
     """
 
     def __init__(
@@ -157,10 +158,12 @@ class AuditStore:
         overdue_s: float,
         fault_of: FaultOf,
         keys: ReceiptKeys | None = None,
+        reviewed: Collection[str] = (),
     ) -> None:
         self._database = database
         self._overdue = timedelta(seconds=overdue_s)
         self._fault_of = fault_of
+        self._reviewed = frozenset(reviewed)
         self._in_use = () if keys is None else tuple(keys.public_keys.values())
 
     async def audit(self, wish: AuditWish) -> AsyncGenerator[Finding | AuditResult, None]:
@@ -203,11 +206,12 @@ class AuditStore:
         try:
             async with connection.transaction():
                 rows = await connection.fetch(
-                    f"{_BROKEN} ({check.statement}) AS broken ORDER BY resource LIMIT $5",
+                    f"{_BROKEN} ({check.statement}) AS broken ORDER BY resource LIMIT $6",
                     wish.account_id,
                     wish.start.record_count,
                     wish.start.entry_count,
                     self._overdue,
+                    list(self._reviewed),
                     # One at least, for its total.
                     max(wish.findings_max - told, 1),
                     timeout=wish.timeout_s + _SLACK_S,
@@ -258,7 +262,7 @@ class AuditStore:
             )
             content = _content_from_row(row)
             fault = self._fault_of(receipt, content, keys)
-            if fault:
+            if fault and content.generation_id not in self._reviewed:
                 yield Finding(
                     invariant_id="I8",
                     resource=f"{content.account}/usageRecords/{content.generation_id}",

@@ -7,6 +7,7 @@ Arguments, each optional to a statement:
     $2  number of the last usage record that need not be looked at
     $3  number of the last ledger entry before the entries of record $2 + 1
     $4  interval: how long after its lease a slice may hold money
+    $5  ids of generations whose bad receipts an operator has looked at
 
 They are written without the code that writes the tables, so that a mistake there shows here.
 """
@@ -99,16 +100,31 @@ _SYSTEM_BALANCE = """
       FROM balance
      WHERE account_id LIKE 'system-%'
 """
-_REMAINING = """
-    SELECT 'accounts/' || b.account_id AS resource,
-           'posted is ' || b.posted || ' nanos, its grants have ' || coalesce(sum(g.remaining), 0)
-           || ' left' AS description
-      FROM balance AS b
-      LEFT JOIN credit_grant AS g ON g.account_id = b.account_id AND g.is_live
-     WHERE $1 = '' OR b.account_id = $1
-     GROUP BY b.account_id
-    HAVING coalesce(sum(g.remaining), 0) <> greatest(b.posted, 0)
+# The version before grants (migration 4), which may write while this one starts, gave without a
+# grant: at most what it gave then may be posted beyond grants, until it is used up.
+_GRANTLESS = """
+    SELECT coalesce(sum(e.amount), 0) AS total
+      FROM ledger_entry AS e
+     WHERE e.account_id = found.account_id
+       AND e.amount > 0
+       AND e.grant_id IS NULL
+       AND e.kind IN ('grant', 'adjustment')
+       AND e.create_time >= (SELECT apply_time FROM migration WHERE number = 4)
 """
+_REMAINING = f"""
+    SELECT 'accounts/' || found.account_id AS resource,
+           'posted is ' || found.posted || ' nanos, its grants have ' || found.remaining
+           || ' left' AS description
+      FROM (
+               SELECT b.account_id, b.posted, coalesce(sum(g.remaining), 0) AS remaining
+                 FROM balance AS b
+                 LEFT JOIN credit_grant AS g ON g.account_id = b.account_id AND g.is_live
+                WHERE $1 = '' OR b.account_id = $1
+                GROUP BY b.account_id
+               HAVING coalesce(sum(g.remaining), 0) <> greatest(b.posted, 0)
+           ) AS found
+     WHERE greatest(found.posted, 0) - found.remaining NOT BETWEEN 0 AND ({_GRANTLESS})
+"""  # noqa: S608 - made of constants
 _HELD = """
     SELECT 'accounts/' || b.account_id AS resource,
            'held is ' || b.held || ' nanos, its slices have ' || coalesce(s.total, 0)
@@ -206,6 +222,7 @@ _REFUSED_RECEIPTS = f"""
       JOIN usage_record AS r ON r.number = receipt.record_number
      WHERE receipt.record_number > $2
        AND receipt.fault <> ''
+       AND r.generation_id <> ALL($5)
        AND ($1 = '' OR r.account_id = $1)
 """
 _RECEIPTS_WITHOUT_RECORD = """

@@ -216,7 +216,7 @@ async def give(
         given.create_time,
         given.description,
     )
-    await change_posted(connection, posted={given.account_id: given.amount}, held={})
+    await change_posted(connection, {given.account_id: given.amount})
     if given.expire_time is not None and given.remaining:
         await connection.execute(
             """
@@ -351,7 +351,7 @@ async def _take_back(
     posted: dict[str, int] = {}
     for grant, part in taken:
         posted[grant.account_id] = posted.get(grant.account_id, 0) - part
-    await change_posted(connection, posted=posted, held={})
+    await change_posted(connection, posted)
     await advance_head(connection, entries=len(entries), records=0)
     metrics.GRANTS_EXPIRED.inc(sum(part for _, part in taken))
 

@@ -12,17 +12,88 @@ from services.billing.division import Head
 from services.billing.domain import Balance, Entry, EntryKind
 
 _NUMBER_DIGITS_MAX = 18
+GRANTS_READ = 16
+"""Grants of an account that a charge looks at first."""
 # Whether a grant may have expired is told by the clock of the statement that locks.
 BALANCE = """
     SELECT account_id, posted, held, credit_limit, has_spend_limits,
            coalesce(next_expire_time <= (SELECT lease_now()), false) AS is_due
       FROM balance
 """
-ENTRY = """
-    SELECT number, account_id, transaction_number, amount, kind, source, description, create_time,
-           grant_id
+_ENTRY_COLUMNS = (
+    "number",
+    "account_id",
+    "transaction_number",
+    "amount",
+    "kind",
+    "source",
+    "description",
+    "create_time",
+    "grant_id",
+)
+ENTRY = f"""
+    SELECT {", ".join(_ENTRY_COLUMNS)}
       FROM ledger_entry
-"""
+"""  # noqa: S608 - made of constants
+
+
+def _floor(free: str) -> str:
+    """Writes the floor of a balance for what is posted and not held of it afterwards.
+
+    Where a credit limit was lowered below what is used, the floor comes up as the account does.
+    """
+    return f"least(-balance.credit_limit, greatest(balance.floor, {free}))"
+
+
+CHANGE_POSTED = f"""
+    WITH changed AS (
+        UPDATE balance
+           SET posted = balance.posted + change.posted,
+               held = balance.held + change.held,
+               floor = {_floor("balance.posted + change.posted - balance.held - change.held")}
+          FROM unnest($1::text[], $2::bigint[], $3::bigint[])
+               AS change (account_id, posted, held)
+         WHERE balance.account_id = change.account_id
+        RETURNING balance.account_id, balance.posted, change.posted AS added
+    ), ordered AS (
+        SELECT account_id, posted, added, grant_id, remaining,
+               count(*) OVER account AS live_count,
+               sum(remaining) OVER account AS total,
+               sum(remaining) OVER (
+                   account ORDER BY priority, expire_time NULLS LAST, number
+                            ROWS UNBOUNDED PRECEDING
+               ) - remaining AS before
+          FROM changed
+         CROSS JOIN LATERAL (
+                   SELECT grant_id, remaining, priority, expire_time, number
+                     FROM credit_grant
+                    WHERE is_live
+                      AND credit_grant.account_id = changed.account_id
+                    ORDER BY priority, expire_time NULLS LAST, number
+                    LIMIT $4::bigint
+               ) AS live
+        WINDOW account AS (PARTITION BY account_id)
+    ), owed AS (
+        SELECT account_id, grant_id, remaining, before,
+               CASE WHEN live_count = $4::bigint
+                    THEN greatest(posted - added, 0) - greatest(posted, 0)
+                    ELSE total - greatest(posted, 0)
+               END AS excess
+          FROM ordered
+    ), used AS (
+        UPDATE credit_grant
+           SET remaining = credit_grant.remaining - least(credit_grant.remaining, excess - before),
+               is_live = credit_grant.remaining > excess - before
+          FROM owed
+         WHERE excess > before
+           AND credit_grant.account_id = owed.account_id
+           AND credit_grant.grant_id = owed.grant_id
+    )
+    SELECT account_id
+      FROM owed
+     GROUP BY account_id
+    HAVING max(excess) > sum(remaining)
+"""  # noqa: S608 - made of constants
 
 
 async def lock_head(connection: Connection) -> Head:
@@ -80,90 +151,68 @@ async def change_held(connection: Connection, held: Mapping[str, int]) -> None:
     )
 
 
-async def change_posted(
+async def change_posted(connection: Connection, posted: Mapping[str, int]) -> None:
+    """Adds to posted of accounts, whose balances are locked, and uses up their grants.
+
+    A new grant has to be there before, and one that goes has to be gone.
+    """
+    await _change_posted(connection, posted, held={}, grants_max=None)
+
+
+async def charge(
     connection: Connection, *, posted: Mapping[str, int], held: Mapping[str, int]
 ) -> None:
     """Adds to posted and held of accounts, whose balances are locked, and uses up their grants.
 
-    One statement for the whole batch: what the grants of an account have left beyond its posted is
-    taken from them in their order. A new grant has to be there before.
+    Nearly always the first grants pay it all, so only those are read, however many there are.
+    """
+    unpaid = await _change_posted(connection, posted, held, grants_max=GRANTS_READ)
+    if unpaid:
+        await change_posted(connection, dict.fromkeys(unpaid, 0))
+
+
+async def _change_posted(
+    connection: Connection,
+    posted: Mapping[str, int],
+    held: Mapping[str, int],
+    *,
+    grants_max: int | None,
+) -> list[str]:
+    """Changes balances and their grants by one statement; returns whom `grants_max` left unpaid.
+
+    Taken from grants in their order is what all of them have left beyond posted. Of an account that
+    has more than were read, it is what posted falls by: before, nothing was beyond it.
     """
     account_ids = [*{**posted, **held}]
-    await connection.execute(
-        f"""
-        WITH changed AS (
-            UPDATE balance
-               SET posted = balance.posted + change.posted,
-                   held = balance.held + change.held,
-                   floor = {_floor("balance.posted + change.posted - balance.held - change.held")}
-              FROM unnest($1::text[], $2::bigint[], $3::bigint[])
-                   AS change (account_id, posted, held)
-             WHERE balance.account_id = change.account_id
-            RETURNING balance.account_id, balance.posted
-        ), live AS MATERIALIZED (
-            SELECT account_id, grant_id, remaining, priority, expire_time, number
-              FROM credit_grant
-             WHERE is_live
-               AND account_id = ANY($1::text[])
-        ), ordered AS (
-            SELECT account_id, grant_id, posted,
-                   sum(remaining) OVER (PARTITION BY account_id) AS total,
-                   sum(remaining) OVER (
-                       PARTITION BY account_id
-                           ORDER BY priority, expire_time NULLS LAST, number
-                            ROWS UNBOUNDED PRECEDING
-                   ) - remaining AS before
-              FROM live
-              JOIN changed USING (account_id)
-        ), used AS (
-            SELECT account_id, grant_id, total - greatest(posted, 0) - before AS excess
-              FROM ordered
-             WHERE total - greatest(posted, 0) > before
-        )
-        UPDATE credit_grant
-           SET remaining = remaining - least(remaining, excess),
-               is_live = remaining > excess
-          FROM used
-         WHERE credit_grant.account_id = used.account_id
-           AND credit_grant.grant_id = used.grant_id
-        """,  # noqa: S608 - made of constants
+    rows = await connection.fetch(
+        CHANGE_POSTED,
         account_ids,
         [posted.get(account_id, 0) for account_id in account_ids],
         [held.get(account_id, 0) for account_id in account_ids],
+        grants_max,
     )
-
-
-def _floor(free: str) -> str:
-    """Writes the floor of a balance for what is posted and not held of it afterwards.
-
-    Where a credit limit was lowered below what is used, the floor comes up as the account does.
-    """
-    return f"least(-balance.credit_limit, greatest(balance.floor, {free}))"
+    return [row["account_id"] for row in rows]
 
 
 async def insert_entries(connection: Connection, entries: Sequence[Entry]) -> None:
     """Writes entries, under the lock of the head."""
-    await connection.execute(
-        """
-        INSERT INTO ledger_entry (
-            number, account_id, transaction_number, amount, kind, source, description,
-            create_time, grant_id
-        )
-        SELECT *
-          FROM unnest(
-                   $1::bigint[], $2::text[], $3::bigint[], $4::bigint[], $5::text[], $6::text[],
-                   $7::text[], $8::timestamptz[], $9::text[]
-               )
-        """,
-        [entry.number for entry in entries],
-        [entry.account_id for entry in entries],
-        [entry.transaction_number for entry in entries],
-        [entry.amount for entry in entries],
-        [entry.kind.value for entry in entries],
-        [entry.source for entry in entries],
-        [entry.description for entry in entries],
-        [entry.create_time for entry in entries],
-        [entry.grant_id for entry in entries],
+    await connection.copy_records_to_table(
+        "ledger_entry",
+        columns=_ENTRY_COLUMNS,
+        records=[
+            (
+                entry.number,
+                entry.account_id,
+                entry.transaction_number,
+                entry.amount,
+                entry.kind.value,
+                entry.source,
+                entry.description,
+                entry.create_time,
+                entry.grant_id,
+            )
+            for entry in entries
+        ],
     )
 
 

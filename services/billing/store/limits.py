@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from datetime import datetime
 
 import asyncpg
 
@@ -23,7 +24,9 @@ from services.billing.limits import (
     SpendLimit,
     limit_name,
 )
-from services.billing.store.ledger import lock_balances, number_after
+from services.billing.store.ledger import lock_balances, lock_head, number_after
+from services.billing.store.opening import Count, count_spent, forget_windows, open_window
+from services.billing.store.windows import raise_alerts
 
 _LIMIT = """
     SELECT limit_id, account_id, scope_kind, scope_id, amount, span, alert_percents,
@@ -43,38 +46,46 @@ class LimitStore:
     async def create_limit(self, limit: Limit) -> Limit:
         """Stores a limit, or returns the equal one that is there. Locks balance, then revision.
 
-        A spend limit counts from now on: what was spent before, in the same window too, is not of
-        it.
+        A spend limit knows what was spent in its window before, and what is set aside in it. For
+        that, and for its alerts, the head is locked, too, before the balance.
 
         Raises:
             NotFound: there is no such account.
             AlreadyExists: there is a limit with other content.
             InvalidArgument: its scope has too many limits.
         """
+        ahead = await self._count_ahead(limit) if isinstance(limit.kind, SpendLimit) else None
         async with self._database.transaction() as connection:
+            await _lock_head_for(connection, limit.kind)
             await _lock_account(connection, limit.account_id)
             await _lock_revision(connection)
             stored = await _find(connection, limit.limit_id)
             if stored is None or stored.is_deleted:
                 await _check_room(connection, limit)
-                fresh = await _counted_from_now(connection, limit)
-                stored = await _write(connection, fresh)
+                stored = await _begin(connection, limit, ahead, limit.create_time)
                 await _mark_account(connection, limit.account_id)
         if not limit.is_repeat_of(stored):
             raise already_exists(limit.name)
         return stored
 
     async def update_limit(
-        self, limit_id: str, kind: SpendLimit | RateLimit, *, account_id: str, scope: Scope | None
+        self,
+        limit_id: str,
+        kind: SpendLimit | RateLimit,
+        now: datetime,
+        *,
+        account_id: str,
+        scope: Scope | None,
     ) -> Limit:
-        """Replaces what a limit allows. Locks its account's balance, then the revision.
+        """Replaces what a limit allows. Locks head, its account's balance, then the revision.
 
-        Lowered below what is spent and held it only lets nothing new in. With another span it
-        counts anew.
+        Lowered below what is spent and held it only lets nothing new in, and tells at once what it
+        crossed. With another span it counts what was spent in the window of that.
 
         Args:
             limit_id: which.
             kind: what it allows from now on.
+            now: time of alerts.
             account_id: to be compared with its own; empty to leave that out.
             scope: likewise; None to leave that out.
 
@@ -82,16 +93,31 @@ class LimitStore:
             NotFound: there is none.
             InvalidArgument: its kind, its account or its scope is another one.
         """
+        ahead = await self._count_for(limit_id, kind)
         async with self._database.transaction() as connection:
+            await _lock_head_for(connection, kind)
             stored = await _lock(connection, limit_id)
             _check_same(stored, kind, account_id=account_id, scope=scope)
             if stored.kind == kind:
                 return stored
             changed = dataclasses.replace(stored, kind=kind)
             if _span_of(kind) is not _span_of(stored.kind):
-                await _forget_windows(connection, limit_id)
-                changed = await _counted_from_now(connection, changed)
-            return await _write(connection, changed)
+                return await _begin(connection, changed, ahead, now)
+            changed = await _write(connection, changed)
+            await raise_alerts(connection, limit_id, now)
+            return changed
+
+    async def _count_for(self, limit_id: str, kind: SpendLimit | RateLimit) -> Count | None:
+        """Counts for a limit that shall have another span."""
+        async with self._database.transaction() as connection:
+            found = await _find(connection, limit_id)
+        if found is None or found.is_deleted or _span_of(kind) in {None, _span_of(found.kind)}:
+            return None
+        return await self._count_ahead(dataclasses.replace(found, kind=kind))
+
+    async def _count_ahead(self, limit: Limit) -> Count:
+        async with self._database.transaction() as connection:
+            return await count_spent(connection, limit)
 
     async def delete_limit(self, limit_id: str) -> None:
         """Deletes a limit; nothing happens when it was deleted before.
@@ -106,7 +132,7 @@ class LimitStore:
             if found is not None and found.is_deleted:
                 return
             stored = await _lock(connection, limit_id)
-            await _forget_windows(connection, limit_id)
+            await forget_windows(connection, limit_id)
             await _write(connection, dataclasses.replace(stored, is_deleted=True))
             await _mark_account(connection, stored.account_id)
             # What is left of it here would only be in the way of another limit of that name. The
@@ -182,6 +208,12 @@ class LimitStore:
         return [_alert_from_row(row) for row in rows]
 
 
+async def _lock_head_for(connection: Connection, kind: SpendLimit | RateLimit) -> None:
+    # Who may raise an alert holds it; what a limit of rates allows is nothing that is counted.
+    if isinstance(kind, SpendLimit):
+        await lock_head(connection)
+
+
 async def _lock_account(connection: Connection, account_id: str) -> None:
     if account_id not in await lock_balances(connection, [account_id]):
         raise not_found(account_name(account_id))
@@ -244,18 +276,13 @@ def _span_of(kind: SpendLimit | RateLimit) -> Span | None:
     return kind.span if isinstance(kind, SpendLimit) else None
 
 
-async def _counted_from_now(connection: Connection, limit: Limit) -> Limit:
-    # Records of the account are written under its lock, so all that there are can be seen.
-    last = await connection.fetchval(
-        "SELECT coalesce(max(number), 0) FROM usage_record WHERE account_id = $1", limit.account_id
-    )
-    return dataclasses.replace(limit, counted_after=last)
-
-
-async def _forget_windows(connection: Connection, limit_id: str) -> None:
-    """Lets a limit count anew. What slices have set aside is not of it any more."""
-    await connection.execute("DELETE FROM slice_window WHERE limit_id = $1", limit_id)
-    await connection.execute("DELETE FROM spend_window WHERE limit_id = $1", limit_id)
+async def _begin(connection: Connection, limit: Limit, ahead: Count | None, now: datetime) -> Limit:
+    """Writes a limit that is new, or has another span, with all that it has to know."""
+    if isinstance(limit.kind, SpendLimit):
+        limit = await open_window(connection, limit, ahead)
+    written = await _write(connection, limit)
+    await raise_alerts(connection, limit.limit_id, now)
+    return written
 
 
 async def _write(connection: Connection, limit: Limit) -> Limit:

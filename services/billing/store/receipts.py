@@ -150,24 +150,15 @@ async def insert_receipts(
     """
     if not receipts:
         return
-    numbers: list[int] = []
-    kept: list[Receipt] = []
-    for record in records:
-        found = receipts.get(record.settlement.generation_id)
-        if found is not None:
-            numbers.append(record.number)
-            kept.append(found)
-    await connection.execute(
-        """
-        INSERT INTO receipt (record_number, content, key_id, signature, fault)
-        SELECT *
-          FROM unnest($1::bigint[], $2::bytea[], $3::text[], $4::bytea[], $5::text[])
-        """,
-        numbers,
-        [receipt.content for receipt in kept],
-        [receipt.key_id for receipt in kept],
-        [receipt.signature for receipt in kept],
-        [receipt.fault for receipt in kept],
+    found = [(record.number, receipts.get(record.settlement.generation_id)) for record in records]
+    await connection.copy_records_to_table(
+        "receipt",
+        columns=("record_number", "content", "key_id", "signature", "fault"),
+        records=[
+            (number, receipt.content, receipt.key_id, receipt.signature, receipt.fault)
+            for number, receipt in found
+            if receipt is not None
+        ],
     )
 
 

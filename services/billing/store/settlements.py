@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -25,15 +24,15 @@ from services.billing.domain import (
 )
 from services.billing.store.ledger import (
     advance_head,
-    change_posted,
+    charge,
     insert_entries,
     lock_balances,
     lock_head,
 )
 from services.billing.store.prices import find_prices
 from services.billing.store.receipts import CheckReceipts, insert_receipts, keep_nothing
-from services.billing.store.records import RECORD, record_from_row
-from services.billing.store.slices import read_slices, renew
+from services.billing.store.records import RECORD, insert_records, record_from_row
+from services.billing.store.slice_rows import read_slices, renew
 from services.billing.store.spend import NoSpendWindows, SpendWindows
 
 log = structlog.get_logger(__name__)
@@ -231,68 +230,15 @@ async def _read_counts(
 async def _write(connection: Connection, division: Division) -> None:
     if not division.records:
         return
-    await _insert_records(connection, division.records)
+    await insert_records(connection, division.records)
     if division.entries:
         await insert_entries(connection, division.entries)
-        await change_posted(
+        await charge(
             connection,
             posted={account_id: -taken for account_id, taken in division.posted_taken.items()},
             held={account_id: -taken for account_id, taken in division.held_taken.items()},
         )
     await advance_head(connection, entries=len(division.entries), records=len(division.records))
-
-
-async def _insert_records(connection: Connection, records: Sequence[UsageRecord]) -> None:
-    told = [record.settlement for record in records]
-    await connection.execute(
-        """
-        INSERT INTO usage_record (
-            generation_id, account_id, number, credit_slice_id, project_id, api_key_id,
-            offering_id, model_id, version_id, price_id, input_tokens, output_tokens, amount,
-            shortfall, end_cause, start_time, end_time, settle_time, request_id, request_sha256,
-            cached_input_tokens, reasoning_tokens, labels, end_user, engine_time_us, is_background
-        )
-        SELECT *
-          FROM unnest(
-                   $1::text[], $2::text[], $3::bigint[], $4::text[], $5::text[], $6::text[],
-                   $7::text[], $8::text[], $9::text[], $10::text[], $11::bigint[], $12::bigint[],
-                   $13::bigint[], $14::bigint[], $15::smallint[], $16::timestamptz[],
-                   $17::timestamptz[], $18::timestamptz[], $19::text[], $20::bytea[], $21::bigint[],
-                   $22::bigint[], $23::jsonb[], $24::text[], $25::bigint[], $26::boolean[]
-               )
-        """,
-        [item.generation_id for item in told],
-        [item.account_id for item in told],
-        [record.number for record in records],
-        [item.slice_id for item in told],
-        [item.project_id for item in told],
-        [item.api_key_id for item in told],
-        [item.offering_id for item in told],
-        [item.model_id for item in told],
-        [item.version_id for item in told],
-        [item.price_id for item in told],
-        [item.input_tokens for item in told],
-        [item.output_tokens for item in told],
-        [record.amount for record in records],
-        [record.shortfall for record in records],
-        [item.end_cause.value for item in told],
-        [item.start_time for item in told],
-        [item.end_time for item in told],
-        [record.settle_time for record in records],
-        [item.request_id for item in told],
-        [item.request_sha256 for item in told],
-        [item.cached_input_tokens for item in told],
-        [item.reasoning_tokens for item in told],
-        [_labels_text(item.labels) for item in told],
-        [item.end_user for item in told],
-        [item.engine_time_us for item in told],
-        [item.is_background for item in told],
-    )
-
-
-def _labels_text(labels: Mapping[str, str]) -> str:
-    # Most requests have none.
-    return json.dumps(dict(labels)) if labels else "{}"
 
 
 def _report(settlements: Sequence[Settlement], division: Division) -> None:

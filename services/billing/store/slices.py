@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-import asyncpg
 import structlog
 
 from libs import failpoints
 from libs.errors import FailedPrecondition, Reason, already_exists
-from libs.ids import time_of_ulid
 from libs.postgres import Connection, Database
 from services.billing import metrics
 from services.billing.domain import Balance, Slice, SliceState, grant_of, insufficient_credit
 from services.billing.store.grants import expire_due
 from services.billing.store.ledger import change_held, lock_balances, lock_head
+from services.billing.store.slice_rows import (
+    SWEEP_SIZE,
+    insert_slices,
+    lock_due,
+    make_time_of,
+    read_slices,
+    renew,
+    set_granted,
+)
 from services.billing.store.spend import NoSpendWindows, SpendWindows, SpendWish
 
 log = structlog.get_logger(__name__)
 
-# Of one transaction of the sweeper: it shall not hold many balances for long.
-SWEEP_SIZE = 500
 # An account that is always settled is always locked; so long after it was due, it is waited for.
 STARVED = timedelta(seconds=30)
 RETENTION_S = 86400.0
-_ULID_LENGTH = 26
-NOTHING: Mapping[str, int] = {}
-
-_SLICE = """
-    SELECT credit_slice_id, account_id, holder, granted, consumed, state, acquire_time,
-           state = 'open' AND expire_time > (SELECT lease_now()) AS is_leased
-      FROM credit_slice
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +119,7 @@ class SliceStore:
             await renew(connection, [wish.slice_id], self._lease)
             if balance is None or not balance.has_spend_limits:
                 return found
-            return await _grant(connection, found, found.granted)
+            return await set_granted(connection, found, found.granted)
         if balance is None:
             raise insufficient_credit(wish.account_id, required=wish.required, available=0)
         fresh = Slice(
@@ -135,7 +131,7 @@ class SliceStore:
             state=SliceState.OPEN,
             is_leased=True,
         )
-        if not await _insert(connection, [fresh], self._lease, newer_than=self._retention):
+        if not await insert_slices(connection, [fresh], self._lease, newer_than=self._retention):
             # It was closed in this very moment, or so long ago that nobody knows.
             raise _not_open(wish.slice_id, SliceState.CLOSED)
         if balance.has_spend_limits:
@@ -156,7 +152,7 @@ class SliceStore:
                 nanos=fresh.granted,
             ),
         )
-        return await _grant(connection, fresh, granted)
+        return await set_granted(connection, fresh, granted)
 
     async def close(self, slice_ids: Iterable[str], *, holder: str) -> None:
         """Gives the rest of slices back. Locks their accounts' balances.
@@ -177,7 +173,7 @@ class SliceStore:
             limited = {name for name, item in balances.items() if item.has_spend_limits}
             await self._end(connection, locked, SliceState.CLOSED, limited)
             marks = [_mark(slice_id, holder) for slice_id in sorted(slice_ids - slices.keys())]
-            marked = await _insert(connection, marks, timedelta())
+            marked = await insert_slices(connection, marks, timedelta())
             failpoints.hit(failpoints.Point.CLOSE_WRITTEN)
         failpoints.hit(failpoints.Point.CLOSE_COMMITTED)
         overtaken = {mark.slice_id for mark in marks} - marked
@@ -196,7 +192,7 @@ class SliceStore:
 
     async def _expire(self, patience: timedelta | None) -> int:
         async with self._database.transaction() as connection:
-            due, limited = await _lock_due(connection, SliceState.OPEN, timedelta(), patience)
+            due, limited = await lock_due(connection, SliceState.OPEN, timedelta(), patience)
             await self._end(connection, due, SliceState.EXPIRED, limited)
         for item in due:
             log.warning("slice expired", slice=item.slice_id, holder=item.holder)
@@ -205,7 +201,7 @@ class SliceStore:
 
     async def _reclaim(self, patience: timedelta | None) -> int:
         async with self._database.transaction() as connection:
-            due, limited = await _lock_due(connection, SliceState.EXPIRED, self._grace, patience)
+            due, limited = await lock_due(connection, SliceState.EXPIRED, self._grace, patience)
             await self._end(connection, due, SliceState.RECLAIMED, limited)
         for item in due:
             log.warning("slice reclaimed", slice=item.slice_id, freed_nanos=item.remaining)
@@ -244,7 +240,7 @@ class SliceStore:
                 RETURNING 1
                 """,
                 slice_ids,
-                [_make_time(slice_id) for slice_id in slice_ids],
+                [make_time_of(slice_id) for slice_id in slice_ids],
                 rows[0]["oldest"] if rows else None,
             )
             # What stays is looked at again when its id is old enough, or never.
@@ -256,7 +252,7 @@ class SliceStore:
                  WHERE credit_slice.credit_slice_id = old.credit_slice_id
                 """,
                 slice_ids,
-                [_make_time(slice_id) for slice_id in slice_ids],
+                [make_time_of(slice_id) for slice_id in slice_ids],
             )
         metrics.SLICES_PRUNED.inc(len(pruned))
         return len(rows)
@@ -302,163 +298,6 @@ class SliceStore:
             await self._spend.release(connection, of_limits)
 
 
-async def read_slices(connection: Connection, slice_ids: Collection[str]) -> dict[str, Slice]:
-    """Reads slices by id; those that there are."""
-    rows = await connection.fetch(
-        f"{_SLICE} WHERE credit_slice_id = ANY($1::text[])", list(slice_ids)
-    )
-    return {row["credit_slice_id"]: _slice_from_row(row) for row in rows}
-
-
-async def renew(
-    connection: Connection,
-    slice_ids: Collection[str],
-    lease: timedelta,
-    consumed: Mapping[str, int] = NOTHING,
-) -> set[str]:
-    """Prolongs the leases of slices whose balances are locked; returns those that still run.
-
-    Takes from them by the same statement. Of windows that have ended, too: what runs stays held.
-
-    Args:
-        connection: of the transaction.
-        slice_ids: which.
-        lease: how long they may be spent from.
-        consumed: what is taken from some of them.
-    """
-    rows = await connection.fetch(
-        """
-        UPDATE credit_slice
-           SET consumed = consumed + change.amount,
-               expire_time = CASE WHEN state = 'open' AND expire_time > (SELECT lease_now())
-                                  THEN (SELECT lease_now()) + $3 ELSE expire_time END
-          FROM unnest($1::text[], $2::bigint[]) AS change (slice_id, amount)
-         WHERE credit_slice_id = change.slice_id
-           AND (amount > 0 OR state = 'open' AND expire_time > (SELECT lease_now()))
-        RETURNING slice_id, state = 'open' AND expire_time > (SELECT lease_now()) AS is_leased
-        """,
-        list(slice_ids),
-        [consumed.get(slice_id, 0) for slice_id in slice_ids],
-        lease,
-    )
-    return {row["slice_id"] for row in rows if row["is_leased"]}
-
-
-async def _grant(connection: Connection, item: Slice, granted: int) -> Slice:
-    """Says what a slice holds; returns it with how long it may be spent from."""
-    lease = await connection.fetchval(
-        """
-        UPDATE credit_slice
-           SET granted = $2
-         WHERE credit_slice_id = $1
-        RETURNING greatest(least(expire_time, window_end_time) - lease_now(), interval '0')
-        """,
-        item.slice_id,
-        granted,
-    )
-    return dataclasses.replace(item, granted=granted, lease=lease)
-
-
-async def _insert(
-    connection: Connection,
-    slices: list[Slice],
-    lease: timedelta,
-    *,
-    newer_than: timedelta | None = None,
-) -> set[str]:
-    """Inserts slices in order; returns the ids that were not there.
-
-    Args:
-        connection: of the transaction.
-        slices: which.
-        lease: how long they may be spent from.
-        newer_than: how old an id may be, where that matters.
-    """
-    rows = await connection.fetch(
-        """
-        INSERT INTO credit_slice (
-            credit_slice_id, account_id, holder, granted, state, expire_time, end_time
-        )
-        SELECT credit_slice_id, account_id, holder, granted, state, clock.now + $6,
-               CASE WHEN state = 'closed' THEN clock.now END
-          FROM unnest(
-                   $1::text[], $2::text[], $3::text[], $4::bigint[], $5::text[], $7::timestamptz[]
-               ) AS fresh (credit_slice_id, account_id, holder, granted, state, make_time)
-         CROSS JOIN (SELECT lease_now() AS now) AS clock
-         WHERE coalesce(make_time > clock.now - $8::interval, true)
-        ON CONFLICT DO NOTHING
-        RETURNING credit_slice_id
-        """,
-        [item.slice_id for item in slices],
-        [item.account_id for item in slices],
-        [item.holder for item in slices],
-        [item.granted for item in slices],
-        [item.state.value for item in slices],
-        lease,
-        [_make_time(item.slice_id) for item in slices],
-        newer_than,
-    )
-    return {row["credit_slice_id"] for row in rows}
-
-
-def _make_time(slice_id: str) -> datetime | None:
-    """When a gateway made an id; None when it has no time."""
-    return time_of_ulid(slice_id[-_ULID_LENGTH:])
-
-
-async def _lock_due(
-    connection: Connection, state: SliceState, age: timedelta, patience: timedelta | None
-) -> tuple[list[Slice], set[str]]:
-    """Finds slices in a state whose lease ran out that long ago, and locks their balances.
-
-    Args:
-        connection: of the transaction.
-        state: of the slices.
-        age: how long ago.
-        patience: how much longer ago, to wait for balances that are locked; None to skip these.
-
-    Returns: the slices, and those of their accounts that have spend limits.
-    """
-    age += patience or timedelta()
-    skip = "SKIP LOCKED" if patience is None else ""
-    rows = await connection.fetch(
-        f"""
-        SELECT account_id, has_spend_limits
-          FROM balance
-         WHERE account_id IN (
-                   SELECT account_id
-                     FROM credit_slice
-                    WHERE state IN ('open', 'expired')
-                      AND state = $1
-                      AND expire_time + $2 <= (SELECT lease_now())
-                    LIMIT $3
-               )
-         ORDER BY account_id
-           FOR UPDATE
-          {skip}
-        """,  # noqa: S608 - made of constants
-        state.value,
-        age,
-        SWEEP_SIZE,
-    )
-    due = await connection.fetch(
-        f"""
-        {_SLICE}
-         WHERE account_id = ANY($1::text[])
-           AND state IN ('open', 'expired')
-           AND state = $2
-           AND expire_time + $3 <= (SELECT lease_now())
-         LIMIT $4
-        """,
-        [row["account_id"] for row in rows],
-        state.value,
-        age,
-        SWEEP_SIZE,
-    )
-    limited = {row["account_id"] for row in rows if row["has_spend_limits"]}
-    return [_slice_from_row(row) for row in due], limited
-
-
 def _check_repeat(found: Slice, *, account_id: str, holder: str) -> None:
     if not found.is_leased:
         state = SliceState.EXPIRED if found.state is SliceState.OPEN else found.state
@@ -484,17 +323,4 @@ def _mark(slice_id: str, holder: str) -> Slice:
         consumed=0,
         state=SliceState.CLOSED,
         is_leased=False,
-    )
-
-
-def _slice_from_row(row: asyncpg.Record) -> Slice:
-    return Slice(
-        slice_id=row["credit_slice_id"],
-        account_id=row["account_id"],
-        holder=row["holder"],
-        granted=row["granted"],
-        consumed=row["consumed"],
-        state=SliceState(row["state"]),
-        is_leased=row["is_leased"],
-        acquire_time=row["acquire_time"],
     )

@@ -5,6 +5,7 @@ Changed only under the lock of the account's balance, so windows need no locks o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 
@@ -76,54 +77,73 @@ class SpendWindowStore(SpendWindows):
         A charge counts in the window that its slice was taken from, however late it is settled;
         without such a window, in the one that runs now. Nothing is refused here.
         """
-        await self.release(connection, consumed)
-        charged = [record for record in records if record.charge]
-        if not charged:
+        charges = _charges_of(records)
+        if not charges:
             return
+        # Each window changes once: second versions of its row in one transaction find no room on
+        # its page, and whoever looks for it later meets all that were left in the index.
         rows = await connection.fetch(
             """
-            WITH charge AS (
-                SELECT l.limit_id, l.account_id, l.amount, l.alert_percents, l.counted_after,
-                       coalesce(s.window_start, window_start(l.span, t.now)) AS window_start,
-                       r.charge
+            WITH part AS (
+                SELECT l.limit_id, coalesce(s.window_start, window_start(l.span, t.now))
+                           AS window_start, c.charge, 0 AS freed
                   FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bigint[])
-                           AS r (slice_id, account_id, project_id, api_key_id, charge)
+                           AS c (slice_id, account_id, project_id, api_key_id, charge)
                  CROSS JOIN (SELECT lease_now() AS now) AS t
                   JOIN usage_limit AS l
-                    ON l.account_id = r.account_id
+                    ON l.account_id = c.account_id
                    AND NOT l.is_deleted
                    AND l.amount IS NOT NULL
                    AND (l.scope_kind, l.scope_id) IN (
-                           ('account', r.account_id),
-                           ('project', r.project_id),
-                           ('api_key', r.api_key_id)
+                           ('account', c.account_id),
+                           ('project', c.project_id),
+                           ('api_key', c.api_key_id)
                        )
                   LEFT JOIN slice_window AS s
-                    ON s.credit_slice_id = r.slice_id AND s.limit_id = l.limit_id
-            ), counted AS (
-                INSERT INTO spend_window AS w (limit_id, window_start, spent)
-                SELECT limit_id, window_start, sum(charge)
-                  FROM charge
+                    ON s.credit_slice_id = c.slice_id AND s.limit_id = l.limit_id
+                 UNION ALL
+                SELECT s.limit_id, s.window_start, 0, f.nanos
+                  FROM unnest($6::text[], $7::bigint[]) AS f (credit_slice_id, nanos)
+                  JOIN slice_window AS s USING (credit_slice_id)
+            ), change AS (
+                SELECT limit_id, window_start, sum(charge) AS charge, sum(freed) AS freed
+                  FROM part
                  GROUP BY limit_id, window_start
-                    ON CONFLICT (limit_id, window_start)
-                    DO UPDATE SET spent = w.spent + EXCLUDED.spent
+            ), counted AS (
+                UPDATE spend_window AS w
+                   SET spent = w.spent + change.charge, held = w.held - change.freed
+                  FROM change
+                 WHERE w.limit_id = change.limit_id
+                   AND w.window_start = change.window_start
+                RETURNING w.limit_id, w.window_start, w.spent
+            ), opened AS (
+                INSERT INTO spend_window (limit_id, window_start, spent)
+                SELECT limit_id, window_start, charge
+                  FROM change
+                 WHERE charge > 0
+                   AND NOT EXISTS (
+                           SELECT
+                             FROM spend_window AS w
+                            WHERE w.limit_id = change.limit_id
+                              AND w.window_start = change.window_start
+                       )
                 RETURNING limit_id, window_start, spent
             )
-            SELECT DISTINCT limit_id, account_id, counted_after, window_start, spent, percent
-              FROM counted
-              JOIN charge USING (limit_id, window_start)
-             CROSS JOIN unnest(alert_percents) AS percent
-             WHERE spent::numeric * 100 >= amount::numeric * percent
+            SELECT limit_id, l.account_id, l.span, l.counted_after, window_start, spent, percent
+              FROM (SELECT * FROM counted UNION ALL SELECT * FROM opened) AS w
+              JOIN usage_limit AS l USING (limit_id)
+             CROSS JOIN unnest(l.alert_percents) AS percent
+             WHERE NOT l.is_deleted
+               AND spent::numeric * 100 >= l.amount::numeric * percent
              ORDER BY limit_id, window_start, percent
             """,
-            [record.settlement.slice_id for record in charged],
-            [record.settlement.account_id for record in charged],
-            [record.settlement.project_id for record in charged],
-            [record.settlement.api_key_id for record in charged],
-            [record.charge for record in charged],
+            *([key[place] for key in charges] for place in range(4)),
+            list(charges.values()),
+            list(consumed.keys()),
+            list(consumed.values()),
         )
         if rows:
-            await _raise_alerts(connection, rows, charged[0].settle_time)
+            await _write_alerts(connection, rows, records[0].settle_time)
 
     @override
     async def release(self, connection: Connection, freed: Mapping[str, int]) -> None:
@@ -146,6 +166,17 @@ class SpendWindowStore(SpendWindows):
             list(freed.keys()),
             list(freed.values()),
         )
+
+
+def _charges_of(records: Sequence[UsageRecord]) -> Counter[tuple[str, str, str, str]]:
+    """Sums charges by slice, account, project and key."""
+    charges: Counter[tuple[str, str, str, str]] = Counter()
+    for record in records:
+        if record.charge:
+            told = record.settlement
+            key = (told.slice_id, told.account_id, told.project_id, told.api_key_id)
+            charges[key] += record.charge
+    return charges
 
 
 async def _hold(
@@ -181,25 +212,51 @@ async def _hold(
     )
 
 
-async def _raise_alerts(
+async def raise_alerts(connection: Connection, limit_id: str, now: datetime) -> None:
+    """Raises the alerts that a limit has crossed in the window that runs, without a new charge.
+
+    A limit that begins, or is lowered, may have no room for a charge that would tell them. The head
+    and the balance are locked.
+    """
+    rows = await connection.fetch(
+        """
+        SELECT limit_id, l.account_id, l.span, l.counted_after, w.window_start, w.spent, percent
+          FROM usage_limit AS l
+          JOIN spend_window AS w USING (limit_id)
+         CROSS JOIN unnest(l.alert_percents) AS percent
+         WHERE limit_id = $1
+           AND w.window_start = window_start(l.span, lease_now())
+           AND w.spent > 0
+           AND w.spent::numeric * 100 >= l.amount::numeric * percent
+         ORDER BY percent
+        """,
+        limit_id,
+    )
+    if rows:
+        await _write_alerts(connection, rows, now)
+
+
+async def _write_alerts(
     connection: Connection, rows: Sequence[asyncpg.Record], now: datetime
 ) -> None:
     """Writes alerts that were not raised in their windows before. The head is locked."""
     await connection.execute(
         """
         INSERT INTO spend_alert (
-            number, limit_id, account_id, percent, window_start, counted_after, spent, create_time
+            number, limit_id, account_id, percent, window_start, counted_after, spent, span,
+            create_time
         )
-        SELECT (SELECT coalesce(max(number), 0) FROM spend_alert) + row_number() OVER (), a.*, $7
+        SELECT (SELECT coalesce(max(number), 0) FROM spend_alert) + row_number() OVER (), a.*, $8
           FROM unnest(
                    $1::text[], $2::text[], $3::smallint[], $4::timestamptz[], $5::bigint[],
-                   $6::bigint[]
-               ) AS a (limit_id, account_id, percent, window_start, counted_after, spent)
+                   $6::bigint[], $7::text[]
+               ) AS a (limit_id, account_id, percent, window_start, counted_after, spent, span)
          WHERE NOT EXISTS (
                    SELECT
                      FROM spend_alert AS s
-                    WHERE (s.limit_id, s.counted_after, s.window_start, s.percent)
-                          = (a.limit_id, a.counted_after, a.window_start, a.percent)
+                    WHERE (s.limit_id, s.window_start, s.percent, s.account_id)
+                          = (a.limit_id, a.window_start, a.percent, a.account_id)
+                      AND coalesce(s.span, a.span) = a.span
                )
         """,
         [row["limit_id"] for row in rows],
@@ -208,6 +265,7 @@ async def _raise_alerts(
         [row["window_start"] for row in rows],
         [row["counted_after"] for row in rows],
         [row["spent"] for row in rows],
+        [row["span"] for row in rows],
         now,
     )
 

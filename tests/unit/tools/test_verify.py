@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -37,8 +36,8 @@ CONTENT = ReceiptContent(
 )
 CONTENTS = [
     CONTENT,
-    dataclasses.replace(CONTENT, generation_id="gen_1", charge_nanos=1_500_000_000),
-    dataclasses.replace(CONTENT, generation_id="gen_2", offering="offerings/big"),
+    CONTENT._replace(generation_id="gen_1", charge_nanos=1_500_000_000),
+    CONTENT._replace(generation_id="gen_2", offering="offerings/big"),
 ]
 
 
@@ -179,7 +178,7 @@ def test_a_serialized_receipt_is_read(tmp_path: Path, keys: Path) -> None:
 
 
 def test_two_receipts_of_one_generation_that_differ_are_bad(tmp_path: Path, keys: Path) -> None:
-    other = dataclasses.replace(CONTENT, charge_nanos=18)
+    other = CONTENT._replace(charge_nanos=18)
 
     assert run(receipts(tmp_path, [CONTENT, other]), "--keys", keys) == verify.EXIT_BAD
     assert run(receipts(tmp_path, [CONTENT, CONTENT]), "--keys", keys) == verify.EXIT_OK
@@ -211,6 +210,21 @@ def test_free_records_need_no_receipt(tmp_path: Path, keys: Path) -> None:
     path = write(tmp_path, bill)
 
     assert run(receipts(tmp_path), "--keys", keys, "--invoice", path) == verify.EXIT_OK
+
+
+def test_a_charge_that_the_account_could_not_pay_whole_is_no_difference(
+    tmp_path: Path, keys: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A receipt says what was due; the invoice what was taken, and never more."""
+    bill = invoice()
+    bill.lines[1].charge.nanos -= 6
+    bill.total.nanos -= 6
+
+    path = write(tmp_path, bill)
+
+    assert run(receipts(tmp_path), "--keys", keys, "--invoice", path) == verify.EXIT_OK
+    line = "offerings/tiny at prices/nano: 1.500000011 USD; the account had 0.000000006 USD too"
+    assert line in capsys.readouterr().out
 
 
 def overcharge(bill: invoice_service_pb2.Invoice) -> None:

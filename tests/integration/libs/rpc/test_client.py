@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from maas.catalog.v1 import offering_service_pb2 as pb
 from maas.catalog.v1 import offering_service_pb2_grpc
+from maas.scheduler.v1 import worker_registry_service_pb2 as registry
+from maas.scheduler.v1 import worker_registry_service_pb2_grpc
 
-from libs.errors import DeadlineExceeded, NotFound, Unavailable, not_found, unavailable
-from libs.rpc import Peer
+from libs.errors import (
+    DeadlineExceeded,
+    NotFound,
+    Unauthenticated,
+    Unavailable,
+    not_found,
+    unavailable,
+)
+from libs.rpc import Peer, Server
+from libs.testing.rpc import ANY_PORT, serving
 from tests.integration.libs.rpc.scripted import CALLERS, OFFERINGS, Reached
 
 
@@ -37,6 +48,33 @@ async def read_once(scripted: Reached) -> None:
     # A watch is not repeated by the library.
     async with scripted.watch() as stream:
         await stream.read()
+
+
+class Registry:
+    """Nobody gets past its door here."""
+
+    async def Connect(self, *_: object) -> None:  # noqa: N802 - as in the contract
+        raise AssertionError
+
+
+async def test_a_stream_refused_at_the_door_says_why_however_busily_it_is_written_to() -> None:
+    """A write that comes just behind the refusal fails, and the library makes up a status."""
+    service = registry.DESCRIPTOR.services_by_name["WorkerRegistryService"]
+    server = Server(ANY_PORT, CALLERS.identity({f"{service.full_name}/Connect": ["worker"]}))
+    server.add(Registry(), service)
+
+    async def write_on(peer: Peer) -> None:
+        stub = worker_registry_service_pb2_grpc.WorkerRegistryServiceStub(peer.channel)
+        async with peer.both_ways(stub.Connect) as call:
+            with contextlib.suppress(asyncio.InvalidStateError):
+                for _ in range(40):
+                    await call.write(registry.ConnectRequest())
+            await call.read()
+
+    async with serving(server) as endpoint, Peer(endpoint, "ms_nobody", [service]) as peer:
+        ends = await asyncio.gather(*(write_on(peer) for _ in range(60)), return_exceptions=True)
+
+    assert {type(end) for end in ends} == {Unauthenticated}
 
 
 async def test_call_carries_the_default_deadline_of_its_method(scripted: Reached) -> None:

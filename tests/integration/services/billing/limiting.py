@@ -141,6 +141,12 @@ async def set_lease_time(billing: Billing, time: datetime) -> None:
     await billing.pass_lease_time((time - await lease_time(billing)).total_seconds())
 
 
+async def set_all_clocks(billing: Billing, time: datetime) -> None:
+    """Moves the clock of leases and that of records forward to a time."""
+    await set_lease_time(billing, time)
+    billing.advance((time - billing.clock.now()).total_seconds())
+
+
 async def start_of_tomorrow(billing: Billing) -> datetime:
     today = (await lease_time(billing)).astimezone(UTC)
     return today.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)

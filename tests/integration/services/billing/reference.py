@@ -52,8 +52,8 @@ class Slice:
     granted: int = 0
     consumed: int = 0
     state: str = "open"
-    expires_at: int = 0
-    acquired_at: int = 0
+    expires_at: float = 0
+    acquired_at: float = 0
 
     @property
     def rest(self) -> int:
@@ -82,9 +82,11 @@ class Money:
 
 @dataclass
 class Reference:
-    """Accounts, grants, slices and charges."""
+    """Accounts, grants, slices and charges. Times are in seconds."""
 
-    now: int = 0
+    now: float = 0
+    lease_s: float = LEASE_S
+    grace_s: float = GRACE_S
     money: Money = field(default_factory=Money)
     limits: dict[str, int] = field(default_factory=dict)
     slices: dict[str, Slice] = field(default_factory=dict)
@@ -178,14 +180,14 @@ class Reference:
                     raise Refused("SLICE_NOT_OPEN")
                 if found.account != account:
                     raise Refused("RESOURCE_EXISTS")
-                found.expires_at = self.now + LEASE_S
+                found.expires_at = self.now + self.lease_s
                 return found.granted
             available = self.available(account)
             if available < required:
                 raise Refused("INSUFFICIENT_CREDIT")
             granted = min(max(required, wanted), available)
             self.slices[slice_id] = Slice(
-                account, granted, expires_at=self.now + LEASE_S, acquired_at=self.now
+                account, granted, expires_at=self.now + self.lease_s, acquired_at=self.now
             )
             return granted
 
@@ -224,7 +226,7 @@ class Reference:
         """Returns those that are lost."""
         for slice_id in slice_ids:
             if self.is_leased(slice_id):
-                self.slices[slice_id].expires_at = self.now + LEASE_S
+                self.slices[slice_id].expires_at = self.now + self.lease_s
         return sorted(item for item in slice_ids if not self.is_leased(item))
 
     def close(self, slice_ids: list[str]) -> None:
@@ -237,7 +239,7 @@ class Reference:
         for item in self.slices.values():
             if item.state == "open" and item.expires_at <= self.now:
                 item.state = "expired"
-            if item.state == "expired" and item.expires_at + GRACE_S <= self.now:
+            if item.state == "expired" and item.expires_at + self.grace_s <= self.now:
                 item.state = "reclaimed"
         for account in self.money.posted:
             self.expire(account)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -19,12 +19,14 @@ AUDIT_INTERVAL_S = 86_400
 
 
 @asynccontextmanager
-async def running_signed(dsn: str, folder: Path) -> AsyncIterator[Billing]:
-    """Billing that accepts the receipts of SIGNER."""
+async def running_signed(
+    dsn: str, folder: Path, *, settings: Mapping[str, str] | None = None
+) -> AsyncIterator[Billing]:
+    """Billing that accepts the receipts of SIGNER, with more keys of its configuration."""
     keys = folder / "receipt_keys"
     keys.write_text(f"# of the gateway\n{key_to_text(SIGNER.public_key)}\n", encoding="utf-8")
-    settings = {"receipt_keys_file": str(keys), "audit_interval": f"{AUDIT_INTERVAL_S}s"}
-    async with running(dsn, settings=settings) as world:
+    own = {"receipt_keys_file": str(keys), "audit_interval": f"{AUDIT_INTERVAL_S}s"}
+    async with running(dsn, settings=own | dict(settings or {})) as world:
         yield world
 
 

@@ -15,8 +15,9 @@ from libs import postgres
 from libs.config import PostgresSection
 from services.billing.__main__ import MIGRATIONS
 from tests.conftest import PostgresCluster
+from tests.integration.services.billing import signing
 from tests.integration.services.billing.audit import Connection, audit
-from tests.integration.services.billing.world import running, settlement
+from tests.integration.services.billing.world import Billing, running, settlement
 
 # One generation of 120 nanos, settled by the version before.
 OLD_ROWS = """
@@ -173,6 +174,37 @@ async def test_charges_of_the_version_before_are_divided_among_grants_later(
     async with running(old_dsn) as billing:
         await billing.settle(settlement("gen_3", slice_id="s1", tokens=1))
     await audit(connection)
+
+
+async def test_gifts_of_the_version_before_are_no_finding_of_the_auditor(
+    old_dsn: str, connection: Connection
+) -> None:
+    """They have no grant, and are used up first. What nobody gave is found as ever."""
+    await connection.execute(OLD_ROWS)
+    await connection.execute(OLD_INSERT, "gen_1", 1, 120, 120, 1)
+    await migrate(old_dsn, MIGRATIONS)
+    await connection.execute(
+        """
+        INSERT INTO ledger_entry VALUES
+            (5, 'acme', 5, 50, 'grant', 'r2', '', now()),
+            (6, 'system-funding', 5, -50, 'grant', 'r2', '', now());
+        UPDATE ledger_head SET entry_count = 6;
+        UPDATE balance SET posted = posted + 50;
+        """
+    )
+
+    async with running(old_dsn) as billing:
+        assert await reconcile(billing) == []
+        await billing.settle(settlement("gen_2", slice_id="s1", tokens=30))
+        assert await reconcile(billing) == []
+        await connection.execute("UPDATE credit_grant SET remaining = remaining - 31")
+        assert await reconcile(billing) == [("I2", "accounts/acme")]
+
+
+async def reconcile(billing: Billing) -> list[tuple[str, str]]:
+    """Invariants that are broken, and where."""
+    violations, _ = await signing.reconcile(billing)
+    return [(item.invariant, item.resource) for item in violations]
 
 
 @pytest.mark.parametrize(

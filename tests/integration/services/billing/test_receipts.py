@@ -26,6 +26,7 @@ from services.billing.receipts import (
     UNREADABLE,
     VERIFIED_MAX,
     read_keys,
+    read_reviewed,
 )
 from services.billing.store.invoices import InvoiceStore
 from services.billing.store.refunds import RefundStore
@@ -204,6 +205,40 @@ async def test_of_a_large_batch_the_auditor_verifies_the_rest(billing: Billing) 
         ("gen_b", f"its receipt: {BAD_SIGNATURE}"),
         ("gen_c", f"the receipt that came with it was refused: {CONTRADICTION}"),
     }
+
+
+async def test_a_bad_receipt_that_was_looked_at_is_named_no_more(
+    database: DatabaseFactory, tmp_path: Path
+) -> None:
+    """Refused, or kept and found by the auditor: others are named as before."""
+    reviewed = tmp_path / "reviewed"
+    reviewed.write_text("# wrong key, 3 May\ngen_a\n\ngen_b # the same\n", encoding="utf-8")
+    dsn = await database("billing")
+    bad = [with_flipped_bit(settled(f"gen_{name}")) for name in ("a", "b", "c")]
+    async with running_signed(dsn, tmp_path) as billing:
+        await billing.open_account(1000)
+        await billing.acquire("s1", 500)
+        good = (signed(settlement(f"gen_{n}", slice_id="s1")) for n in range(VERIFIED_MAX - 1))
+        await billing.settle(*good, *bad)
+        before, _ = await reconcile(billing)
+
+    settings = {"receipts_reviewed_file": str(reviewed)}
+    async with running_signed(dsn, tmp_path, settings=settings) as billing:
+        after, summary = await reconcile(billing)
+
+    assert [item.resource.rpartition("/")[2] for item in before] == ["gen_a", "gen_b", "gen_c"]
+    assert [item.resource.rpartition("/")[2] for item in after] == ["gen_c"]
+    assert summary.violation_count == 1
+
+
+def test_file_of_what_was_looked_at_says_which_line_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "reviewed"
+    path.write_text("gen_1\ngen_2 gen_3\n", encoding="utf-8")
+
+    with pytest.raises(ConfigError, match="line 2"):
+        read_reviewed(path)
+    with pytest.raises(ConfigError, match="missing"):
+        read_reviewed(tmp_path / "missing")
 
 
 async def test_the_first_settlement_of_a_generation_keeps_its_receipt(billing: Billing) -> None:

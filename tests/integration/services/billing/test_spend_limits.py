@@ -36,6 +36,7 @@ from tests.integration.services.billing.world import (
     LEASE_S,
     SERVICES,
     Billing,
+    running,
     settlement,
 )
 
@@ -316,41 +317,6 @@ async def test_lowered_limit_lets_nothing_new_in_and_keeps_what_is_held(billing:
     assert await granted(billing, "s3", 100) == 10
 
 
-async def test_deleted_limit_limits_nothing_and_one_of_its_name_counts_anew(
-    billing: Billing,
-) -> None:
-    await billing.open_account(1000)
-    await create(billing, spend(100, alerts=(50,)))
-    await acquire(billing, "s1", 100)
-    await settle(billing, "gen_1", "s1", 60)
-    await delete(billing)
-
-    assert await granted(billing, "s2", 500) == 500
-    await create(billing, spend(100, alerts=(50,)))
-    assert await used(billing) == (0, 0)
-    await settle(billing, "gen_2", "s1", 15)
-    await settle(billing, "gen_3", "s2", 35)
-    await billing.close("s1", "s2")
-
-    assert await used(billing) == (50, 0)
-    assert await alerts(billing) == [("limits/cap", 50, 60), ("limits/cap", 50, 50)]
-
-
-async def test_limit_with_another_span_counts_anew(billing: Billing) -> None:
-    await billing.open_account(1000)
-    await create(billing, spend(100))
-    await at_noon(billing)
-    await acquire(billing, "s1", 100)
-    await settle(billing, "gen_1", "s1", 60)
-
-    await update(billing, spend(100, window=limit_pb.SPEND_WINDOW_MONTH, name="limits/cap"))
-    assert await used(billing) == (0, 0)
-    await settle(billing, "gen_2", "s1", 10)
-    await billing.close("s1")
-
-    assert await used(billing) == (10, 0)
-
-
 async def test_each_percentage_is_told_once_in_each_window(billing: Billing) -> None:
     await billing.open_account(10_000)
     await create(billing, spend(200, alerts=(50, 80, 100)))
@@ -374,17 +340,28 @@ async def test_each_percentage_is_told_once_in_each_window(billing: Billing) -> 
     assert [(percent, spent) for _, percent, spent in (await alerts(billing))[3:]] == [(50, 120)]
 
 
-async def test_lowered_limit_tells_what_it_crossed_with_the_next_charge(billing: Billing) -> None:
-    await billing.open_account(1000)
-    await create(billing, spend(1000, alerts=(80,)))
-    await acquire(billing, "s1", 500)
-    await settle(billing, "gen_1", "s1", 85)
-    await update(billing, spend(100, alerts=(80,), name="limits/cap"))
-    assert await alerts(billing) == []
+async def test_three_replicas_tell_each_percentage_once(billing: Billing) -> None:
+    """Charges cross it on all of them at once, while the limit goes up and down."""
+    await billing.open_account(10_000)
+    await create(billing, spend(1000, alerts=(10, 50, 100)))
+    await acquire(billing, "s1", 1000)
+    async with running(billing.dsn) as second, running(billing.dsn) as third:
+        replicas = [billing, second, third]
 
-    await settle(billing, "gen_2", "s1", 1)
+        async def charge(number: int) -> None:
+            await settle(replicas[number % 3], f"gen_{number}", "s1", 25)
 
-    assert await alerts(billing) == [("limits/cap", 80, 86)]
+        async def change(number: int) -> None:
+            lowered = spend(1000 - number % 2, alerts=(10, 50, 100), name="limits/cap")
+            await update(replicas[number % 3], lowered)
+
+        await asyncio.gather(
+            *(charge(number) for number in range(40)), *(change(number) for number in range(12))
+        )
+
+    told = await alerts(billing)
+    assert sorted(percent for _, percent, _ in told) == [10, 50, 100]
+    assert [spent for _, _, spent in told] == sorted(spent for _, _, spent in told)
 
 
 async def test_pages_of_alerts_go_on_behind_the_last_one(billing: Billing) -> None:

@@ -20,6 +20,7 @@ from libs.errors import DeadlineExceeded, InvalidArgument, NotFound, Reason, Res
 from libs.paging import Page
 from libs.testing import eventually
 from services.billing.store.invoices import LINES
+from services.billing.store.opening import COUNTED_PAGE, FIRST_OF_WINDOW
 from services.billing.store.reports import AT_ONCE_MAX, WAITING_MAX
 from services.billing.store.usage import records_statement, summary_statement
 from services.billing.usage import Dimension, Grouping, UsageFilter
@@ -520,6 +521,10 @@ async def test_questions_about_an_account_read_its_own_records_only(
             "list of a month": await plan_of(connection, listed.text, listed.arguments),
             "list": await plan_of(connection, all_listed.text, all_listed.arguments),
             "invoice": await plan_of(connection, LINES, ["account-7", [1], [30_001], end]),
+            "begin of a limit": await plan_of(connection, FIRST_OF_WINDOW, ["account-7", end]),
+            "spent before a limit": await plan_of(
+                connection, COUNTED_PAGE, ["account-7", 29_000, 100, "project", "p"]
+            ),
         }
     finally:
         await connection.close()

@@ -275,6 +275,20 @@ async def test_the_workers_own_refusal_is_told_when_no_other_is_left(rig: Rig) -
         await placing
 
 
+async def test_that_workers_registered_anew_is_nothing_their_callers_hear_of(rig: Rig) -> None:
+    """Told to a client, FENCED would be a fault of its own that no repeat can mend."""
+    placing = rig.place()
+    for name in ("workers/a", "workers/b"):
+        lane = (await rig.workers[name].next_start()).lane
+        rig.workers[name].fail(lane, Code.FAILED_PRECONDITION.value, Reason.FENCED.value)
+
+    with pytest.raises(Unavailable) as caught:
+        await placing
+
+    assert caught.value.reason is Reason.WORKER_LOST
+    assert caught.value.retry_after_s
+
+
 async def test_while_the_scheduler_is_away_spares_and_then_the_table_serve(rig: Rig) -> None:
     ids = rig.lease(2)
     rig.scheduler.is_away = True

@@ -7,19 +7,17 @@ import csv
 import io
 import json
 import re
-import sys
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 
 import pytest
 from maas.billing.v1 import usage_service_pb2 as usage_pb
 
-from tests.conftest import ROOT, DatabaseFactory
+from tests.conftest import DatabaseFactory
 from tests.integration.services.billing.world import Billing, running, settlement
+from tests.integration.tools.export.command import DAY_S, export
 
-DAY_S = 86_400.0
 FIRST, SECOND = 1010, 20
 """Records of the two days: more than a page, and some."""
 
@@ -44,29 +42,6 @@ async def billing(database: DatabaseFactory) -> AsyncIterator[Billing]:
             *(settlement(f"gen_{number}", slice_id="s1") for number in range(FIRST, FIRST + SECOND))
         )
         yield world
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A run of the command that has ended."""
-
-    code: int
-    out: bytes
-    said: str
-
-
-async def export(billing: Billing, *flags: str, key: str | None = None) -> Run:
-    """Runs the command as the tenant."""
-    own = billing.tenant.peer._metadata[0][1].removeprefix("Bearer ")
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tools.export", "--endpoint", billing.endpoint, *flags),
-        cwd=ROOT,
-        env={"MAAS_KEY": own if key is None else key},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    out, said = await process.communicate()
-    return Run(process.returncode or 0, out, said.decode())
 
 
 async def test_events_of_a_range_are_the_same_whenever_asked_and_however_cut(

@@ -141,6 +141,17 @@ def test_status_of_a_foreign_server_becomes_the_error_of_its_code() -> None:
     assert isinstance(error_of(strange), Internal)
 
 
+def test_a_lost_connection_says_when_to_repeat_and_no_address() -> None:
+    lost = failure_of(grpc.StatusCode.UNAVAILABLE, "ipv4:10.0.0.7:50053: refused", ())
+
+    error = error_of(lost)
+
+    assert isinstance(error, Unavailable)
+    assert error.reason is Reason.SERVICE_UNAVAILABLE
+    assert "10.0.0.7" not in error.message
+    assert error.retry_after_s == 0.5
+
+
 def test_details_that_are_none_are_left_alone() -> None:
     broken = failure_of(grpc.StatusCode.NOT_FOUND, "gone", ((DETAILS_KEY, b"\xff\xff"),))
 

@@ -178,14 +178,14 @@ def test_repeat_contradicts_the_first_when_what_is_charged_differs() -> None:
     first = settlement()
 
     for other in (
-        dataclasses.replace(first, output_tokens=2),
-        dataclasses.replace(first, reasoning_tokens=1),
-        dataclasses.replace(first, end_cause=EndCause.STALLED),
-        dataclasses.replace(first, is_background=True),
-        dataclasses.replace(first, price_id="q"),
+        first._replace(output_tokens=2),
+        first._replace(reasoning_tokens=1),
+        first._replace(end_cause=EndCause.STALLED),
+        first._replace(is_background=True),
+        first._replace(price_id="q"),
     ):
         assert other.counts != first.counts
-    assert dataclasses.replace(first, slice_id="t", engine_time_us=5).counts == first.counts
+    assert first._replace(slice_id="t", engine_time_us=5).counts == first.counts
 
 
 def settlement() -> Settlement:

@@ -164,6 +164,17 @@ def test_lowered_limit_leaves_a_full_bucket_and_no_more() -> None:
     assert wish(bucket, 1, per_minute=60).wait == timedelta(seconds=1)
 
 
+@given(per_minute=RATES, taken=st.integers(0, PER_MINUTE_MAX), wanted=st.integers(0, 1000))
+@settings(max_examples=50)
+def test_who_requires_nothing_is_never_refused(per_minute: int, taken: int, wanted: int) -> None:
+    """So do gateways fill what runs low; also when the limit was lowered meanwhile."""
+    bucket = empty().taken("g1", taken).drained(START, per_minute=per_minute)
+
+    grants = grants_of([wish(bucket, 0, per_minute=per_minute, wanted=wanted)])
+
+    assert grants == [min(wanted, max(per_minute - taken, 0), per_minute // 60)]
+
+
 def claim(holder: str, *, held: int = 0, in_use: int = 0, wanted: int = 0) -> Claim:
     return Claim(holder=holder, held=held, in_use=in_use, wanted=wanted)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from datetime import UTC, datetime
 from decimal import Decimal
 
@@ -38,7 +39,15 @@ MANDATORY = {
     "ServiceCategory",
     "ServiceName",
 }
-MAY_BE_NULL = {"BillingAccountName", "ChargeClass", "Tags", "x_EndUser", "x_RequestId"}
+MAY_BE_NULL = {
+    "BillingAccountName",
+    "ChargeClass",
+    "Tags",
+    "x_EndUser",
+    "x_RequestId",
+    "x_LedgerEntry",
+    "x_EntryKind",
+}
 PRICES = st.one_of(st.just(0), st.integers(0, 10**10), st.integers(10**14, 10**15))
 COUNTS = st.one_of(st.integers(0, 3), st.integers(0, 10**6), st.just(2**32))
 
@@ -207,3 +216,17 @@ def test_what_is_not_charged_is_priced_for_nothing(cause: ledger_pb2.EndCause.Va
 
     assert (first["PricingQuantity"], second["ListCost"], second["BilledCost"]) == ("0", "0", "0")
     assert (first["ConsumedQuantity"], second["ConsumedQuantity"]) == ("1000", "500")
+
+
+@pytest.mark.parametrize("text", ['=HYPERLINK("h")', "+1", "-1", "@x", "\t=1", "\r=1", "\n=1"])
+def test_no_text_of_a_customer_is_a_formula_of_a_spreadsheet(text: str) -> None:
+    record, price = example()
+    record.end_user = record.request_id = text
+    record.labels["a"] = text
+
+    row = rows_of(record, price)[0]
+
+    assert (row["x_EndUser"], row["x_RequestId"]) == (f"'{text}", f"'{text}")
+    assert row["Tags"].startswith("{")
+    assert json.loads(row["Tags"])["a"] == text
+    assert focus.text_cell("user=1") == "user=1"

@@ -35,6 +35,7 @@ def test_key_of_a_file_counts_more_than_the_variable(tmp_path: Path) -> None:
         (["--from", "2026-01-02", "--to", "2026-01-02"], KEY, "--to must be after"),
         (["--provider", ""], KEY, "--provider"),
         (["--endpoint", "nowhere"], KEY, "HOST:PORT"),
+        (["--what", "credits"], KEY, "--parent"),
     ],
 )
 def test_flags_that_cannot_be_are_named(
