@@ -46,6 +46,7 @@ from services.gateway.domain import (
 )
 from services.gateway.embed_placement import ANSWER_WAIT_S, EmbedPlacer, Made
 from services.gateway.limits import Limits
+from services.gateway.meter import Meter
 from services.gateway.quotas import Need, Quotas, Ticket
 from services.gateway.receipts import signed_receipt
 from services.gateway.settlement import Settlement
@@ -240,10 +241,14 @@ class Embeddings:
             labels=dict(request.labels),
             end_user=request.end_user,
         )
-        charge = self._charge(opening, checked.price, hold)
+        meter = Meter()
+        meter.add(made.response.engine_time.ToNanoseconds())
+        settlement = self._charge(opening, checked.price, hold, meter)
         response.usage.CopyFrom(usage_pb2.TokenUsage(input_tokens=input_tokens))
-        response.charge.CopyFrom(convert.money_to_pb(charge))
+        response.charge.CopyFrom(convert.money_to_pb(settlement.owed))
         response.generation_id = generation_id
+        if settlement.closing.receipt:
+            response.receipt.ParseFromString(settlement.closing.receipt)
         return response
 
     def _check(self, request: embedding_service_pb2.EmbedRequest) -> _Checked:
@@ -289,8 +294,8 @@ class Embeddings:
             )
         return able.embedding_dimensions
 
-    def _charge(self, opening: Opening, price: Price, hold: Hold) -> int:
-        """Journals, owes and queues the settlement; returns the charge in nanos.
+    def _charge(self, opening: Opening, price: Price, hold: Hold, meter: Meter) -> Settlement:
+        """Journals, owes and queues the settlement; returns it.
 
         Raises:
             FailedPrecondition: the inputs are larger than their bound and the rest is not there.
@@ -311,7 +316,12 @@ class Embeddings:
                     "currency": CURRENCY,
                 },
             )
-        closing = Closing(output_tokens=0, cause=EndCause.COMPLETED, end_time=self._clock.now())
+        closing = Closing(
+            output_tokens=0,
+            cause=EndCause.COMPLETED,
+            end_time=self._clock.now(),
+            engine_time_ns=meter.engine_time_ns,
+        )
         closing = replace(closing, receipt=signed_receipt(books.signer, opening, closing, charge))
         ordinal = books.journal.opened(opening)
         books.slices.owe(hold, charge)
@@ -320,10 +330,11 @@ class Embeddings:
         except MaasError:
             # It is settled from memory; after a crash it counts as cut, and costs nothing.
             log.error("journal lost an end", generation_id=opening.generation_id)  # noqa: TRY400
-        books.settler.put(
-            Settlement(ordinal=ordinal, opening=opening, closing=closing, owed=charge)
+        settlement = Settlement(
+            ordinal=ordinal, opening=opening, closing=closing, owed=charge, meter=meter
         )
-        return charge
+        books.settler.put(settlement)
+        return settlement
 
     def _left_s(self, call: Call) -> float:
         if call.deadline_s is None:

@@ -17,6 +17,7 @@ from maas.inference.v1 import generation_pb2, scores_pb2
 
 from libs.errors import Internal, MaasError, Reason
 from services.gateway.meter import Meter
+from services.gateway.pacing import UNBOUNDED
 
 # Rows in one chunk. A row is a token, or some that were merged on the way.
 ROWS_MAX = 1024
@@ -26,17 +27,19 @@ CHARACTER_BYTES_MAX = 4
 TOKEN_ID_BYTES_MAX = 5
 
 
-def rows_of_frame(texts: Sequence[str], counts: Sequence[int]) -> int:
+def rows_of_frame(texts: Sequence[str], counts: Sequence[int], tokens_max: int = UNBOUNDED) -> int:
     """Returns how many rows fit into one frame: whole ones only, and one in any case.
 
     Args:
         texts: of the rows, in order.
         counts: tokens of each.
+        tokens_max: of all rows together.
     """
-    size = 0
+    size = tokens = 0
     for number, (text, count) in enumerate(zip(texts, counts, strict=True)):
         size += len(text.encode("utf-8")) + TOKEN_ID_BYTES_MAX * count
-        if size > FRAME_BYTES_MAX and number:
+        tokens += count
+        if number and (size > FRAME_BYTES_MAX or tokens > tokens_max):
             return number
     return len(texts)
 
@@ -245,29 +248,40 @@ class Sink:
         """This sink alone: it has one output."""
         return (self,)
 
-    def take(self) -> Chunk:
-        """Takes what there is, at most ROWS_MAX rows and what fits into a frame."""
+    def take(self, tokens_max: int = UNBOUNDED) -> Chunk:
+        """Takes what there is, at most ROWS_MAX rows and what fits into a frame.
+
+        Args:
+            tokens_max: takes no more tokens than that, but one row in any case.
+        """
         texts, token_ids = self._texts, self._token_ids
         if len(texts) == 1:
             text = texts[0]
+        elif len(token_ids) > tokens_max:
+            return self._take_some(tokens_max)
         else:
             text = "".join(texts)
             most = CHARACTER_BYTES_MAX * len(text) + TOKEN_ID_BYTES_MAX * len(token_ids)
             if most > FRAME_BYTES_MAX or len(texts) > ROWS_MAX:
-                return self._take_some()
+                return self._take_some(tokens_max)
         self._texts, self._token_ids = [], []
         self.has_output = False
         if self._counts:
             self._counts = {}
         return Chunk(text, token_ids, self._end)
 
-    def _take_some(self) -> Chunk:
-        counts = self._counts_of_rows()
-        rows = rows_of_frame(self._texts[:ROWS_MAX], counts[:ROWS_MAX])
+    def _take_some(self, tokens_max: int) -> Chunk:
+        # Of what has piled up no more is looked at than can be taken: a row has a token at least.
+        seen = self._texts[: min(ROWS_MAX, tokens_max)]
+        counts = [self._counts.get(place, 1) for place in range(len(seen))]
+        rows = rows_of_frame(seen, counts, tokens_max)
         tokens = sum(counts[:rows])
-        text, token_ids = "".join(self._texts[:rows]), self._token_ids[:tokens]
+        text, token_ids = "".join(seen[:rows]), self._token_ids[:tokens]
         del self._texts[:rows], self._token_ids[:tokens]
-        self._put_counts(counts[rows:])
+        self._counts = {
+            place - rows: count for place, count in self._counts.items() if place >= rows
+        }
+        self.has_output = bool(self._texts)
         return Chunk(text, token_ids, None if self._texts else self._end)
 
     def adopt(self, earlier: Self) -> None:

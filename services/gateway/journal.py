@@ -19,7 +19,8 @@ and then JSON, except progress, which is on the token path:  'P' u32 ordinal u32
 Segments are named <run>-<number>: ordinals count from 1 in each run, that is in each process. A
 segment takes records until it is larger than SEGMENT_BYTES_MAX; it is deleted when everything that
 was opened in it, and in those before it, is settled and closed. What is torn at the end of a
-segment was never released.
+segment was never released. A segment that is damaged in its middle is read around the damage, and
+kept as <run>-<number>.damaged for whoever looks into it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,13 +41,14 @@ import structlog
 from libs import failpoints
 from libs.errors import unavailable
 from services.gateway.domain import Closing, EndCause, Opening
+from services.gateway.segments import HEADER, read_segment
 
 log = structlog.get_logger(__name__)
 
 SEGMENT_BYTES_MAX = 16 * 1024 * 1024
-_HEADER = struct.Struct("<II")
 _PROGRESS = struct.Struct("<cII")
 _SUFFIX = ".journal"
+_DAMAGED_SUFFIX = ".damaged"
 # Made once: json.dumps with separators makes an encoder each time.
 _ENCODE = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -60,11 +61,13 @@ class Recovered:
         settlements: generations whose settlement is not known to be durable.
         slice_ids: slices that may still be held.
         paths: segments to delete once both are dealt with.
+        damaged: those of them that are kept: something in them could not be read.
     """
 
     settlements: list[tuple[Opening, Closing]] = field(default_factory=list)
     slice_ids: list[str] = field(default_factory=list)
     paths: list[Path] = field(default_factory=list)
+    damaged: set[Path] = field(default_factory=set)
 
 
 class JournalBusy(Exception):
@@ -84,7 +87,8 @@ class Journal:
         self._folder = folder
         self._lock = _lock(folder)
         self._earlier = sorted(folder.glob(f"*{_SUFFIX}"))
-        self._run = 1 + max((_run_of(path) for path in self._earlier), default=0)
+        used = [*self._earlier, *folder.glob(f"*{_DAMAGED_SUFFIX}")]
+        self._run = 1 + max((_run_of(path) for path in used), default=0)
         self._ordinal = 0
         self._number = 0
         self._open_generations: dict[int, int] = {}
@@ -105,10 +109,13 @@ class Journal:
         return recovered
 
     def forget(self, recovered: Recovered) -> None:
-        """Deletes what was recovered, once billing has all of it."""
+        """Deletes what was recovered, once billing has all of it; what is damaged is set aside."""
         failpoints.hit(failpoints.Point.REPLAY_SETTLED)
         for path in recovered.paths:
-            path.unlink(missing_ok=True)
+            if path in recovered.damaged:
+                path.rename(path.with_suffix(_DAMAGED_SUFFIX))
+            else:
+                path.unlink(missing_ok=True)
 
     def slice_wanted(self, slice_id: str) -> None:
         """Notes a slice before it is asked for.
@@ -156,7 +163,7 @@ class Journal:
         records = bytearray()
         for ordinal, output_tokens in counts:
             body = _PROGRESS.pack(b"P", ordinal, output_tokens)
-            records += _HEADER.pack(_PROGRESS.size, zlib.crc32(body))
+            records += HEADER.pack(_PROGRESS.size, zlib.crc32(body))
             records += body
         self._write(records)
 
@@ -263,7 +270,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 def _json_record(kind: bytes, value: object) -> bytes:
     body = kind + _ENCODE(value).encode("utf-8")
-    return _HEADER.pack(len(body), zlib.crc32(body)) + body
+    return HEADER.pack(len(body), zlib.crc32(body)) + body
 
 
 def _lock(folder: Path) -> int:
@@ -280,28 +287,19 @@ def _run_of(path: Path) -> int:
     return int(path.stem.partition("-")[0])
 
 
-def read_records(path: Path) -> Iterator[bytes]:
-    """Yields the bodies of a segment up to its end or its first torn record."""
-    data = path.read_bytes()
-    position = 0
-    while position + _HEADER.size <= len(data):
-        length, checksum = _HEADER.unpack_from(data, position)
-        position += _HEADER.size
-        body = data[position : position + length]
-        if len(body) != length or zlib.crc32(body) != checksum or not body:
-            log.warning("journal torn", segment=path.name, offset=position)
-            return
-        yield body
-        position += length
-
-
 def _recover(paths: list[Path], end_time: datetime) -> Recovered:
     replay = _Replay()
+    damaged = set()
     for path in paths:
-        for body in read_records(path):
-            replay.apply(_run_of(path), body)
+        segment = read_segment(path)
+        is_known = [replay.apply(_run_of(path), body) for body in segment.bodies]
+        if segment.damaged_bytes or not all(is_known):
+            damaged.add(path)
     return Recovered(
-        settlements=replay.settlements(end_time), slice_ids=list(replay.slices), paths=list(paths)
+        settlements=replay.settlements(end_time),
+        slice_ids=list(replay.slices),
+        paths=list(paths),
+        damaged=damaged,
     )
 
 
@@ -315,12 +313,13 @@ class _Replay:
         self._cached: dict[tuple[int, int], int] = {}
         self._closings: dict[tuple[int, int], Closing] = {}
 
-    def apply(self, run: int, body: bytes) -> None:
+    def apply(self, run: int, body: bytes) -> bool:
+        """Takes the next record; False when it is of a kind that is not known here."""
         kind = body[:1]
         if kind == b"P":
             _, ordinal, count = _PROGRESS.unpack(body)
             self._released[run, ordinal] = count
-            return
+            return True
         value = json.loads(body[1:])
         match kind:
             case b"O":
@@ -339,6 +338,8 @@ class _Replay:
                     self.slices.pop(slice_id, None)
             case _:
                 log.error("journal has a record of unknown kind", kind=kind.hex())
+                return False
+        return True
 
     def settlements(self, end_time: datetime) -> list[tuple[Opening, Closing]]:
         return [

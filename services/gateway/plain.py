@@ -76,8 +76,8 @@ class PlainGeneration(Generation):
         return [output], None
 
     @override
-    def _release(self, batch: Batch) -> Frame | None:
-        chunk = self._text_sink.take()
+    def _release(self, batch: Batch, tokens_max: int) -> Frame | None:
+        chunk = self._text_sink.take(tokens_max)
         token_ids = chunk.token_ids
         count = self.output_tokens + len(token_ids)
         if count > self.terms.max_output_tokens:

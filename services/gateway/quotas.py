@@ -2,8 +2,8 @@
 
 A request takes from every limit that applies or from none: its places first, then what it needs of
 each metric, for the worst case. What is at hand was taken from billing in advance, a second's worth
-at most; what is missing is taken with one call. What a request does not use in the end goes back,
-in the background and many at a time, and if that fails it flows back by itself.
+at most, and is filled up in the background; what is missing is taken with one call. What a request
+does not use goes back later, many at a time, and if that fails it flows back by itself.
 
     taken    requests 1, input tokens the bound of the prompt, output tokens the most there can be
     accepted the prompt's exact size is known: the rest of the input goes back
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -133,6 +134,7 @@ class _Share:
         refused: so much was not there the last time.
         refused_until_s: and it is not asked for again until then.
         retry_at_s: when it is there, if nobody else takes it.
+        full: what there should be; below half of it more is brought. 0 near the limit.
     """
 
     demand: Demand = field(default_factory=lambda: Demand(AHEAD_S))
@@ -141,10 +143,17 @@ class _Share:
     refused: int = 0
     refused_until_s: float = 0.0
     retry_at_s: float = 0.0
+    full: int = 0
 
 
 class Ticket:
-    """What one request has taken of the limits that apply to it."""
+    """What one request has taken of the limits that apply to it.
+
+    What it has not used goes back whole, however late: a share of it only would take most of their
+    limit from tenants with long requests and short answers. Nobody gains by that. Billing takes
+    back no more than has not flowed back by itself, and never above a full bucket: admissions less
+    what went back stay below burst + rate x time, and no more than one burst can begin at once.
+    """
 
     __slots__ = ("_input_field", "_is_over", "_limits", "_places", "_quotas", "_taken")
 
@@ -222,10 +231,11 @@ class Quotas:
         self._give_back_quota = give_back
         self._places = places
         self._clock = clock
-        self._shares: dict[Key, _Share] = {}
-        # To be given back. Bounded by the limits that there are.
+        self._shares: defaultdict[Key, _Share] = defaultdict(_Share)
+        # To be given back, and less than half full. Bounded by the limits that there are.
         self._surplus: dict[Key, int] = {}
-        self._has_surplus = asyncio.Event()
+        self._low: set[Key] = set()
+        self._has_work = asyncio.Event()
         self._sweep_at_s = 0.0
 
     async def take(self, limits: Sequence[RateLimit], need: Need) -> Ticket:
@@ -257,24 +267,25 @@ class Quotas:
             if count > 0:
                 self._surplus[key] = self._surplus.get(key, 0) + count
         if self._surplus:
-            self._has_surplus.set()
+            self._has_work.set()
 
     def leave(self, limits: Sequence[RateLimit]) -> None:
         """Gives places back."""
         self._places.give_back(limits)
 
     async def run(self) -> None:
-        """Gives back what is not used, for ever."""
+        """Gives back what is not used and brings what runs low, for ever."""
         while True:
             try:
                 async with asyncio.timeout(SWEEP_S):
-                    await self._has_surplus.wait()
+                    await self._has_work.wait()
                 await self._clock.sleep_s(GIVE_BACK_S)
             except TimeoutError:
                 pass
             if self._clock.monotonic_s() >= self._sweep_at_s:
                 self.sweep()
             await self.flush()
+            await self.bring()
 
     def sweep(self) -> None:
         """Takes shares that were not used out of reach before their leases end."""
@@ -293,7 +304,7 @@ class Quotas:
     async def flush(self) -> None:
         """Gives back what there is. What does not get through flows back by itself."""
         surplus, self._surplus = self._surplus, {}
-        self._has_surplus.clear()
+        self._has_work.clear()
         items = list(surplus.items())
         for start in range(0, len(items), AMOUNTS_MAX):
             part = dict(items[start : start + AMOUNTS_MAX])
@@ -307,6 +318,24 @@ class Quotas:
                 if share is not None:
                     # There may be room again.
                     share.refused_until_s = 0.0
+
+    async def bring(self) -> None:
+        """Fills and renews shares that run low or out, and what is used with them, in one call."""
+        now_s = self._clock.monotonic_s()
+        amounts = []
+        while self._low:
+            share = self._share(key := self._low.pop())
+            share.full = min(share.full, share.demand.recent(now_s))
+            if share.full:
+                self.give_back({key: share.free - share.full})
+                share.free = min(share.free, share.full)
+                amounts.append(Amount(key=key, required=0, wanted=share.full - share.free))
+        for start in range(0, len(amounts), AMOUNTS_MAX):
+            part = amounts[start : start + AMOUNTS_MAX]
+            try:
+                self._put(part, await self._take_quota(part), now_s)
+            except MaasError as error:
+                log.info("no quota in advance", cause=error.reason.value)
 
     async def _take(self, needed: dict[Key, int], need: Need) -> None:
         """Takes from what is at hand, and what is missing from billing: all or nothing."""
@@ -334,7 +363,11 @@ class Quotas:
                 raise
         now_s = self._clock.monotonic_s()
         for key, count in needed.items():
-            self._share(key).demand.note(count, now_s)
+            share = self._share(key)
+            share.demand.note(count, now_s)
+            if 2 * share.free < share.full or share.lease_until_s < now_s + 2 * SWEEP_S:
+                self._low.update(needed)
+                self._has_work.set()
 
     def _require_hope(self, missing: Mapping[Key, int], now_s: float) -> None:
         """Refuses what billing has refused a moment ago.
@@ -349,12 +382,9 @@ class Quotas:
 
     async def _ask(self, missing: Mapping[Key, int], need: Need) -> None:
         asked_at_s = self._clock.monotonic_s()
+        recent = {key: self._shares[key].demand.recent(asked_at_s) for key in missing}
         amounts = [
-            Amount(
-                key=key,
-                required=count,
-                wanted=count + self._shares[key].demand.recent(asked_at_s),
-            )
+            Amount(key=key, required=count, wanted=count + recent[key])
             for key, count in missing.items()
         ]
         try:
@@ -365,12 +395,19 @@ class Quotas:
             raise unavailable("billing") from error
         if not taken.granted:
             self._refuse(amounts[taken.refused], taken.retry_after_s)
+        self._put(amounts, taken, asked_at_s)
+
+    def _put(self, amounts: Sequence[Amount], taken: Taken, asked_at_s: float) -> None:
+        """Adds what billing gave beyond what is required."""
+        lease_until_s = asked_at_s + taken.lease_s - LEASE_MARGIN_S
         for amount, granted in zip(amounts, taken.granted, strict=True):
             share = self._share(amount.key)
             share.free += granted - amount.required
-            share.lease_until_s = max(
-                share.lease_until_s, asked_at_s + taken.lease_s - LEASE_MARGIN_S
-            )
+            share.lease_until_s = max(share.lease_until_s, lease_until_s)
+            if granted < amount.wanted:
+                share.full = 0
+            elif amount.required:
+                share.full = min(share.free, amount.wanted - amount.required)
 
     def _refuse(self, amount: Amount, retry_after_s: float) -> None:
         """Remembers and tells a refusal.
@@ -386,10 +423,7 @@ class Quotas:
         raise _reached(amount.key, share.retry_at_s - now_s)
 
     def _share(self, key: Key) -> _Share:
-        share = self._shares.get(key)
-        if share is None:
-            share = self._shares[key] = _Share()
-        return share
+        return self._shares[key]
 
 
 def _needed(limits: Iterable[RateLimit], need: Need) -> dict[Key, int]:

@@ -26,6 +26,7 @@ from services.gateway.generation import (
     Sink,
 )
 from services.gateway.meter import Meter
+from services.gateway.pacing import PORTION, UNBOUNDED
 
 # Of one delta of text alone: less than a frame, so that others fit beside it.
 TEXT_BYTES_MAX = CHARACTER_BYTES_MAX * encoding.CONTENT_CHARACTERS_MAX
@@ -224,6 +225,7 @@ class RichSink:
             and last.texts is not None
             and last.index == index
             and last.size + size <= TEXT_BYTES_MAX
+            and last.tokens + len(token_ids) <= PORTION
         ):
             last.texts.append(text)
             last.tokens += len(token_ids)
@@ -262,20 +264,26 @@ class RichSink:
         if self.on_event is not None:
             self.on_event()
 
-    def take(self) -> RichChunk:
-        """Takes what there is and fits into a frame. Something has to be there."""
+    def take(self, tokens_max: int = UNBOUNDED) -> RichChunk:
+        """Takes what there is and fits into a frame. Something has to be there.
+
+        Args:
+            tokens_max: takes no more tokens than that, but one piece in any case.
+        """
         pieces = self._pieces
         if len(pieces) == 1:
             return self._take_one(pieces.popleft())
         taken = [pieces.popleft()]
-        size = taken[0].size
+        size, tokens = taken[0].size, taken[0].tokens
         while pieces and len(taken) < ROWS_MAX:
             piece = pieces[0]
             if taken[0].is_prompt or piece.is_prompt or size + piece.size > FRAME_BYTES_MAX:
                 break
+            if tokens + piece.tokens > tokens_max:
+                break
             taken.append(pieces.popleft())
             size += piece.size
-        tokens = sum(piece.tokens for piece in taken)
+            tokens += piece.tokens
         self.waiting -= tokens
         self.waiting_bytes -= size
         self.has_output = bool(pieces)

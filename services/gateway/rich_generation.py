@@ -108,8 +108,8 @@ class RichGeneration(Generation):
         self._book()
 
     @override
-    def _release(self, batch: Batch) -> Frame | None:
-        chunk = self._rich_sink.take()
+    def _release(self, batch: Batch, tokens_max: int) -> Frame | None:
+        chunk = self._rich_sink.take(tokens_max)
         count = self.output_tokens + chunk.tokens
         if count > self.terms.max_output_tokens:
             self._overrun()

@@ -36,6 +36,7 @@ from services.gateway.domain import (
 )
 from services.gateway.frames import Frame
 from services.gateway.generation import Intake
+from services.gateway.pacing import UNBOUNDED, Pace
 from services.gateway.placement import Placed
 from services.gateway.reader import Reader
 from services.gateway.receipts import signed_receipt
@@ -117,6 +118,7 @@ class Generation(ABC):
         self._has_all = False
         self._is_complete = False
         self._is_ready = False
+        self._pace = Pace(books.clock, times.arrived_s, self._go)
         # Output tokens that were released, counted and journaled before this turn.
         self._counted = 0
         self._counted_reasoning = 0
@@ -192,7 +194,7 @@ class Generation(ABC):
                 frame = self._next_frame(reader, batch)
                 if frame is not None:
                     batch.frames.append((reader, frame))
-                elif not reader.is_collecting:
+                elif not (reader.is_collecting or self._pace.is_pausing):
                     self._sink.on_output = self.ready
         if not takers and self.cause is None and (self._sink.is_over or self.terms.lives_on):
             self._release_unread(batch)
@@ -320,13 +322,27 @@ class Generation(ABC):
             return None if is_open and reader.is_collecting else self._replay(reader)
         if self.cause is not None or self._has_all or not self._sink.has_output:
             return None
-        if reader.is_collecting and not self._sink.is_over:
+        pace = self._pace
+        if pace.is_pausing:
             return None
-        return self._release(batch)
+        if reader.is_collecting and not (self._sink.is_over or pace.is_behind):
+            return None
+        tokens_max = pace.portion(tokens=self.output_tokens, waiting=self._sink.waiting)
+        return self._release(batch, tokens_max) if tokens_max else None
+
+    def _go(self) -> None:
+        """A pause is over."""
+        if self.cause is None:
+            self.ready()
 
     @abstractmethod
-    def _release(self, batch: Batch) -> Frame | None:
-        """Takes from the sink, counts, and makes the next frame. On the token path."""
+    def _release(self, batch: Batch, tokens_max: int) -> Frame | None:
+        """Takes from the sink, counts, and makes the next frame. On the token path.
+
+        Args:
+            batch: of this turn.
+            tokens_max: of output; more only where a part of it cannot be split.
+        """
 
     @abstractmethod
     def _released(self, number: int) -> Frame | None:
@@ -368,7 +384,7 @@ class Generation(ABC):
     def _release_unread(self, batch: Batch) -> None:
         """Counts what nobody takes now and keeps it for whoever comes."""
         while self._sink.has_output and not self._has_all and self.cause is None:
-            self._release(batch)
+            self._release(batch, UNBOUNDED)
         if self._sink.failure is not None:
             # It ends behind what has just been released, once that is journaled.
             self.ready()

@@ -25,7 +25,14 @@ import structlog
 
 from libs import failpoints
 from libs.clock import Clock
-from libs.errors import FailedPrecondition, MaasError, NotFound, Reason, ResourceExhausted
+from libs.errors import (
+    FailedPrecondition,
+    MaasError,
+    NotFound,
+    Reason,
+    ResourceExhausted,
+    unavailable,
+)
 from services.gateway.demand import Demand
 from services.gateway.refusals import Refusal
 
@@ -182,7 +189,8 @@ class SliceBook:
         self._start = start
         self._entries: dict[Purse, _Entry] = {}
         self._by_id: dict[str, Slice] = {}
-        # Asked for, and the answer never came: they may be held, so they are given back.
+        # Asked for, and the answer never came: they may be held, so they are given back. At most
+        # `sizes.count_max` of them: while billing is away each request would add one.
         self._orphans: list[str] = []
         self._is_closing = False
 
@@ -346,7 +354,10 @@ class SliceBook:
     def _wanted(self, entry: _Entry, nanos: int) -> int:
         """Returns the size of the next slice: what is waited for, or more if that is known."""
         most = self._sizes.nanos_max
-        needed = max(nanos, min(entry.waiting_nanos, most))
+        needed = entry.waiting_nanos
+        if needed > most:
+            # Cut behind a whole hold: what is left of a slice is out of reach of all others.
+            needed = max(nanos, most - most % max(nanos, 1))
         size = self._size(entry)
         now_s = self._clock.monotonic_s()
         if not size and now_s >= entry.exact_until_s:
@@ -367,6 +378,8 @@ class SliceBook:
     async def _acquire_new(self, purse: Purse, entry: _Entry, required: int, wanted: int) -> Slice:
         if len(self._by_id) >= self._sizes.count_max:
             raise ResourceExhausted("too many credit slices are open", retry_after_s=1.0)
+        if len(self._orphans) >= self._sizes.count_max:
+            raise unavailable("billing")
         slice_id = self._new_id()
         asked_at_s = self._clock.monotonic_s()
         entry.turns += 1

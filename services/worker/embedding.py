@@ -16,6 +16,7 @@ from libs.errors import FieldRule, invalid_field, unsupported
 from libs.limits import INTERNAL_MESSAGE_BYTES_MAX
 from services.worker import runs
 from services.worker.admission import EXECUTION_BYTES_MAX, Admission
+from services.worker.convert import duration_to_pb
 from services.worker.engine.base import EmbeddingFailed, Engine, EngineDied
 from services.worker.executions import Executions
 from services.worker.preparation import Preparation
@@ -140,7 +141,8 @@ class Embedder:
                 request.execution_id, size, self._tokenize, request, part, made
             )
         try:
-            vectors = await self._engine.embed(made.ids)
+            with self._executions.engine_time.passing(request.execution_id) as took:
+                vectors = await self._engine.embed(made.ids)
         except EmbeddingFailed as error:
             log.error("embedding failed", execution=request.execution_id, cause=str(error))  # noqa: TRY400 - the message says it all
             raise runs.engine_failure(self._worker) from None
@@ -149,6 +151,7 @@ class Embedder:
             vectors=_packed(vectors),
             input_tokens=[len(ids) for ids in made.ids],
             truncated_inputs=made.cut,
+            engine_time=duration_to_pb(took.seconds),
         )
 
     def _tokenize(self, request: engine_service_pb.EmbedRequest, part: range, made: _Made) -> None:

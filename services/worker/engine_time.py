@@ -6,14 +6,29 @@ nothing is done for a step or a token, and the shares of all outputs sum to the 
 was work. While there is none nobody is charged.
 
 The engine takes outputs into its batch in the order in which they were submitted, as many as it
-runs; those that wait behind them take no time.
+runs; those that wait behind them take no time. A call to embed counts as one output while the
+engine works on its inputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
 from libs.clock import Clock
 from services.worker import metrics
-from services.worker.engine.base import Lane
+
+
+@dataclass(slots=True)
+class Took:
+    """What a call took.
+
+    Attributes:
+        seconds: of the engine; 0 until the call is over.
+    """
+
+    seconds: float = 0.0
 
 
 class EngineTime:
@@ -29,20 +44,38 @@ class EngineTime:
         self._clock = clock
         self._most = most
         # Of those in the batch: the counter when they came into it.
-        self._running: dict[Lane, float] = {}
-        self._waiting: dict[Lane, None] = {}
+        self._running: dict[Hashable, float] = {}
+        self._waiting: dict[Hashable, None] = {}
         self._share_s = 0.0
         self._since_s = 0.0
 
-    def enter(self, lane: Lane) -> None:
-        """An output was submitted."""
+    def enter(self, lane: Hashable) -> None:
+        """An output was submitted.
+
+        Args:
+            lane: of the engine; for what has none whatever is not in use as one.
+        """
         self._advance()
         if len(self._running) < self._most:
             self._running[lane] = self._share_s
         else:
             self._waiting[lane] = None
 
-    def leave(self, lane: Lane) -> float:
+    @contextmanager
+    def passing(self, name: str) -> Iterator[Took]:
+        """Counts a call in for the block.
+
+        Args:
+            name: of the call; no other has it meanwhile.
+        """
+        took = Took()
+        self.enter(name)
+        try:
+            yield took
+        finally:
+            took.seconds = self.leave(name)
+
+    def leave(self, lane: Hashable) -> float:
         """An output has ended, or was stopped; returns the seconds that it took.
 
         One that is not known, or has left before, took nothing.

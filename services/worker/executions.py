@@ -55,7 +55,11 @@ WATCH_TICK_S = 0.02
 
 
 class Executions:
-    """All executions of the process. Belongs to one event loop."""
+    """All executions of the process. Belongs to one event loop.
+
+    Attributes:
+        engine_time: shares of everything that the engine works on.
+    """
 
     def __init__(
         self,
@@ -81,9 +85,10 @@ class Executions:
         self._clock = clock
         self._worker = worker
         self._streams: set[Stream] = set()
+        self.engine_time = EngineTime(clock, info.max_running)
         self._delivery = Delivery(
             pieces,
-            engine_time=EngineTime(clock, info.max_running),
+            engine_time=self.engine_time,
             on_stopped=self._stopped,
             on_ended=self._end,
         )

@@ -6,6 +6,10 @@ A message needs three things: something that is due, a credit, and that the tran
 message before. Until then steps pile up here, and the next message merges them: a lane has one row
 in it. What can pile up is bounded by what the stream's executions may still say and by `LANES_MAX`.
 
+A row is never split on its way, and what piled up while the gateway or this process stood still is
+to reach clients in portions: messages behind a halt have rows of `ROW_TOKENS_MAX` tokens at most,
+until nothing is left. Without a halt messages follow one another, and a row is as long as it is.
+
 Acceptances, ends and the first token of an execution are due at once, and everything pending leaves
 with them. Other tokens are due at once too, unless every open execution of the stream has an output
 interval: then they are due when the oldest of them is half of the shortest interval old. The other
@@ -24,7 +28,7 @@ from maas.engine.v1 import engine_pb2, engine_service_pb2
 from libs.clock import CancelTimer, Clock
 from libs.errors import Cancelled, MaasError, ResourceExhausted
 from libs.rpc.writer import CallWriter
-from services.worker.rows import RichRows
+from services.worker.rows import ROW_TOKENS_MAX, RichRows
 
 # Lanes that the gateway has not been told the end of. More than any worker runs: a gateway that
 # starts without reading is cut off.
@@ -34,6 +38,8 @@ ROWS_MAX = 65_536
 # Tokens that may wait for their interval: more make no message cheaper.
 HELD_MAX = 8_192
 CREDIT_MAX = 1 << 30
+# Between two messages: something may have stood still, or nobody had anything to say.
+HALT_S = 0.1
 
 
 class Outbox:
@@ -63,6 +69,9 @@ class Outbox:
         self._is_due = False
         self._cancel_timer: CancelTimer | None = None
         self._is_waking = False
+        # Tokens of a row of the next message; when the last one was written.
+        self._row_tokens_max = ROWS_MAX
+        self._written_s = clock.monotonic_s()
         self._writer: CallWriter | None = None
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._closing: MaasError | None = None
@@ -189,9 +198,17 @@ class Outbox:
         if self._is_due and self._credit:
             self._credit -= 1
             self._stop_timer()
+            self._look_back()
             writer.write(self._take())
         elif self._closing is not None and not self._open_lanes:
             self._finish(self._closing)
+
+    def _look_back(self) -> None:
+        """Sees whether something stood still before the message that is about to be written."""
+        now_s = self._clock.monotonic_s()
+        if now_s - self._written_s > HALT_S:
+            self._row_tokens_max = ROW_TOKENS_MAX
+        self._written_s = now_s
 
     def _on_written(self, error: BaseException | None) -> None:
         if error is None:
@@ -230,18 +247,23 @@ class Outbox:
 
     def _take_rows(self, events: engine_pb2.StepEvents) -> None:
         lanes, token_ids, texts = self.lanes, self.token_ids, self.texts
-        if len(lanes) > ROWS_MAX:
-            lanes, token_ids, texts = lanes[:ROWS_MAX], token_ids[:ROWS_MAX], texts[:ROWS_MAX]
-        if len(set(lanes)) == len(lanes):
+        # Of lanes that are equally fast no more is looked at than a message takes.
+        most = min(ROWS_MAX, self._row_tokens_max * max(1, len(self._open_lanes)))
+        if len(lanes) > most:
+            lanes, token_ids, texts = lanes[:most], token_ids[:most], texts[:most]
+        taken = len(lanes)
+        left: list[tuple[int, int, str]] = []
+        if len(set(lanes)) == taken:
             events.lanes.extend(lanes)
             events.token_ids.extend(token_ids)
             events.texts.extend(texts)
         else:
-            _merge(events, lanes, token_ids, texts)
-        taken = len(lanes)
-        del self.lanes[:taken]
-        del self.token_ids[:taken]
-        del self.texts[:taken]
+            left = _merge(events, lanes, token_ids, texts, self._row_tokens_max)
+        self.lanes[:taken] = [lane for lane, _, _ in left]
+        self.token_ids[:taken] = [token_id for _, token_id, _ in left]
+        self.texts[:taken] = [text for _, _, text in left]
+        if not self.lanes:
+            self._row_tokens_max = ROWS_MAX
 
 
 class _Intervals:
@@ -280,18 +302,26 @@ class _Intervals:
 
 
 def _merge(
-    events: engine_pb2.StepEvents, lanes: list[int], token_ids: list[int], texts: list[str]
-) -> None:
-    """Makes one row of all tokens of a lane."""
+    events: engine_pb2.StepEvents,
+    lanes: list[int],
+    token_ids: list[int],
+    texts: list[str],
+    row_tokens_max: int,
+) -> list[tuple[int, int, str]]:
+    """Makes one row of the tokens of each lane; returns those that do not fit into it, in order."""
     rows: dict[int, tuple[list[int], list[str]]] = {}
+    left: list[tuple[int, int, str]] = []
     for lane, token_id, text in zip(lanes, token_ids, texts, strict=True):
         row = rows.get(lane)
         if row is None:
             rows[lane] = ([token_id], [text])
-        else:
+        elif len(row[0]) < row_tokens_max:
             row[0].append(token_id)
             row[1].append(text)
+        else:
+            left.append((lane, token_id, text))
     events.lanes.extend(rows)
     events.token_counts.extend([len(ids) for ids, _ in rows.values()])
     events.token_ids.extend(chain.from_iterable(ids for ids, _ in rows.values()))
     events.texts.extend(["".join(parts) for _, parts in rows.values()])
+    return left

@@ -20,6 +20,9 @@ from maas.inference.v1 import scores_pb2
 # Numbers in the columns of one message: tokens, and alternatives of tokens. An addition may be the
 # last that fits, and has at most 4096 tokens with 20 alternatives each: some 3 MiB in all.
 WEIGHT_MAX = 65_536
+# Tokens of one row, where it is made of several additions: what a gateway hands on at once of what
+# has piled up while something stood still.
+ROW_TOKENS_MAX = 32
 
 
 @dataclass(slots=True)
@@ -113,16 +116,20 @@ class RichRows:
             return
         taken: list[tuple[int, Row]] = []
         for lane, waiting in self._rows.items():
-            fitting = 0
+            fitting = tokens = 0
             while weight < WEIGHT_MAX and fitting < len(waiting):
+                count = len(waiting[fitting].token_ids)
+                if fitting and tokens + count > ROW_TOKENS_MAX:
+                    break
                 weight += waiting[fitting].weight
+                tokens += count
                 fitting += 1
             if not fitting:
                 break
             taken.append((lane, _joined(waiting[:fitting])))
             del waiting[:fitting]
+            self.tokens -= tokens
         self._rows = {lane: waiting for lane, waiting in self._rows.items() if waiting}
-        self.tokens = sum(len(row.token_ids) for rows in self._rows.values() for row in rows)
         _write(events, taken)
 
     def _follows(self, lane: int, token_id: int, text: str) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from google.protobuf.duration_pb2 import Duration
 from maas.common.v1 import capabilities_pb2
 from maas.engine.v1 import engine_service_pb2
 from maas.inference.v1 import embedding_service_pb2
@@ -55,6 +56,7 @@ class UnaryMethods:
         waiting: calls that have come and not left.
         left: calls that were cancelled.
         dimensions: numbers of a vector.
+        engine_time: that inputs take.
     """
 
     def __init__(self) -> None:
@@ -65,6 +67,7 @@ class UnaryMethods:
         self.waiting = 0
         self.left = 0
         self.dimensions = DIMENSIONS
+        self.engine_time = Duration(nanos=1)
 
     async def Embed(  # noqa: N802
         self, request: engine_service_pb2.EmbedRequest, _: Context
@@ -81,6 +84,7 @@ class UnaryMethods:
             vectors=np.array(vectors, dtype="<f4").tobytes(),
             input_tokens=[len(tokens) for tokens in inputs],
             truncated_inputs=cut,
+            engine_time=self.engine_time,
         )
 
     async def CountTokens(  # noqa: N802

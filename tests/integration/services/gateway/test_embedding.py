@@ -15,6 +15,7 @@ from maas.inference.v1 import embedding_service_pb2
 from typing_extensions import override
 
 from libs.errors import (
+    Cancelled,
     Code,
     FailedPrecondition,
     FieldRule,
@@ -31,6 +32,7 @@ from libs.errors import (
 from libs.testing import eventually
 from services.gateway.domain import Closing, EndCause, Opening
 from services.gateway.journal import Journal
+from services.gateway.meter import ENGINE_TIME_MAX_NS
 from tests.integration.services.gateway.client_unary import Asker, answer, embed_request
 from tests.integration.services.gateway.harness import World, gateway
 from tests.integration.services.gateway.neighbours import (
@@ -102,6 +104,22 @@ async def test_inputs_become_vectors_and_are_charged_once_for_their_tokens(
         assert (dict(opening.labels), opening.end_user) == ({"team": "a"}, "u1")
         # The worker reports the end of what it has served.
         assert world.scheduler.released == []
+
+
+@pytest.mark.parametrize(
+    ("told_s", "settled_ns"), [(0.25, 250_000_000), (-1.0, 0), (1e9, ENGINE_TIME_MAX_NS)]
+)
+async def test_the_engine_time_of_the_inputs_is_settled(
+    tmp_path: Path, told_s: float, settled_ns: int
+) -> None:
+    """Cut to what can be: billing refuses the rest, and then nobody would pay."""
+    async with embedder(tmp_path) as (world, asker):
+        world.workers[0].engine_time.FromNanoseconds(round(told_s * 1e9))
+
+        await asker.call(asker.embeddings.Embed, embed_request("a fox"))
+
+        settled = await world.only_settlement()
+        assert settled.engine_time_ns == settled.closing.engine_time_ns == settled_ns
 
 
 async def test_the_worker_gets_the_inputs_under_the_execution_of_its_slot(tmp_path: Path) -> None:
@@ -254,6 +272,7 @@ async def test_when_no_worker_is_left_the_last_ones_word_is_told_and_the_slot_go
     [
         (NotFound("models/x/versions/1"), Reason.NO_READY_WORKER),
         (FailedPrecondition("an older epoch", reason=Reason.FENCED), Reason.WORKER_LOST),
+        (Cancelled("the worker ends"), Reason.WORKER_LOST),
     ],
     ids=lambda value: getattr(value, "value", value.__class__.__name__),
 )

@@ -114,6 +114,11 @@ async def test_what_is_charged_without_a_last_frame_has_a_receipt_too(tmp_path: 
 
         assert read(settled_receipt(cancelled)).end_cause == EndCause.CLIENT_CANCELLED.value
         assert read(settled_receipt(embedding)).charge_nanos == embedded.charge.nanos
+        assert embedded.receipt == settled_receipt(embedding)
+        said = read(embedded.receipt)
+        assert said.generation_id == embedded.generation_id
+        assert said.input_tokens == embedded.usage.input_tokens
+        assert (said.output_tokens, said.end_cause) == (0, EndCause.COMPLETED.value)
 
 
 async def test_what_costs_nothing_has_no_receipt(tmp_path: Path) -> None:
@@ -136,6 +141,18 @@ async def test_without_a_key_there_are_no_receipts(tmp_path: Path) -> None:
         await stream.rest()
 
         assert not stream.last.finished.HasField("receipt")
+        assert (await world.only_settlement()).closing.receipt == b""
+
+
+async def test_without_a_key_an_embedding_has_no_receipt(tmp_path: Path) -> None:
+    async with (
+        gateway(tmp_path, capabilities=abilities()) as world,
+        Asker(world.endpoint) as asker,
+    ):
+        world.table.complete()
+        embedded = await asker.call(asker.embeddings.Embed, embed_request("hello"))
+
+        assert not embedded.HasField("receipt")
         assert (await world.only_settlement()).closing.receipt == b""
 
 

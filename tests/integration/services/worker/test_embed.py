@@ -20,6 +20,7 @@ from libs.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from libs.testing import FakeClock
 from services.worker.engine.base import EngineAbilities
 from tests.integration.services.worker.harness import (
     CONTEXT_LENGTH,
@@ -54,6 +55,20 @@ async def embed(worker: Worker, asked: pb.EmbedRequest) -> pb.EmbedResponse:
     answer = await worker.peer.call(worker.stub.Embed, asked, timeout_s=10)
     assert isinstance(answer, pb.EmbedResponse)
     return answer
+
+
+async def test_the_engine_time_of_the_inputs_is_told() -> None:
+    """While the engine works on them: not while they wait to become ids, or for their answer."""
+    engine, clock = new_engine(), FakeClock()
+    engine.may_embed.clear()
+    async with running_worker(engine=engine, clock=clock) as worker:
+        clock.advance(7.0)
+        answer = asyncio.create_task(embed(worker, request("A")))
+        await eventually(lambda: len(engine.embedding) == 1)
+        clock.advance(0.25)
+        engine.may_embed.set()
+
+        assert (await answer).engine_time.ToNanoseconds() == 250_000_000
 
 
 async def test_inputs_are_embedded_in_their_order() -> None:

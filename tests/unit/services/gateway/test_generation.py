@@ -105,6 +105,24 @@ async def test_a_chunk_is_bounded_and_the_end_comes_with_the_last() -> None:
     assert (second.text, second.token_ids[0], second.end) == ("xxxxx", ROWS_MAX, END)
 
 
+async def test_no_more_tokens_are_taken_than_asked_for_and_rows_stay_whole() -> None:
+    sink = new_sink()
+    for number in range(3):
+        sink.push(str(number), [number, number])
+    sink.push("long", [9] * 7)
+    sink.push_one("x", 8)
+    sink.finish(END)
+
+    taken = []
+    while sink.has_output:
+        taken.append(sink.take(5))
+
+    assert [chunk.text for chunk in taken] == ["01", "2", "long", "x"]
+    assert [len(chunk.token_ids) for chunk in taken] == [4, 2, 7, 1]
+    assert [chunk.end for chunk in taken] == [None, None, None, END]
+    assert not sink.waiting
+
+
 async def test_what_one_execution_left_comes_before_what_the_next_one_says() -> None:
     first, second = new_sink(), new_sink()
     first.push("a", [1])

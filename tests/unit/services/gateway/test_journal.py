@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ import pytest
 from libs.errors import Unavailable
 from services.gateway import journal as journal_module
 from services.gateway.domain import Closing, EndCause, Opening
-from services.gateway.journal import Journal, JournalBusy, read_records
+from services.gateway.journal import Journal, JournalBusy
+from services.gateway.segments import HEADER, read_segment
 
 NOW = datetime(2026, 1, 1, 12, 0, 0, 123456, tzinfo=UTC)
 LATER = datetime(2026, 1, 2, tzinfo=UTC)
@@ -44,6 +46,12 @@ def abandon(journal: Journal) -> None:
     """Ends a journal as SIGKILL would: descriptors go, files stay."""
     os.close(journal._descriptor)
     os.close(journal._lock)
+
+
+def flip(path: Path, offset: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1 << bit
+    path.write_bytes(bytes(data))
 
 
 @contextmanager
@@ -98,32 +106,128 @@ def test_what_is_settled_and_closed_is_not_recovered(tmp_path: Path) -> None:
     assert recovered.slice_ids == []
 
 
-@pytest.mark.parametrize("torn_bytes", range(1, 17))
-def test_a_torn_last_record_is_left_out(tmp_path: Path, torn_bytes: int) -> None:
+def write_a_life(folder: Path) -> tuple[Path, list[int]]:
+    """Leaves a segment with a record of each kind; returns it and where each record ends."""
+    process = Journal(folder)
+    # Ordinals count from 1.
+    steps: list[Callable[[], object]] = [
+        lambda: process.slice_wanted("s1"),
+        lambda: process.slice_wanted("s2"),
+        *(partial(process.opened, opening(number)) for number in range(3)),
+        lambda: process.prefilled([(1, 4)]),
+        lambda: process.progress([(1, 9)]),
+        lambda: process.progress([(2, 5)]),
+        lambda: process.closed(1, closing(9)),
+        lambda: process.settled([1]),
+        lambda: process.slices_closed(["s2"]),
+        lambda: process.closed(2, closing(7)),
+        lambda: process.progress([(3, 11)]),
+    ]
+    ends = []
+    for step in steps:
+        step()
+        ends.append(process._size)
+    abandon(process)
+    return process._path(1), ends
+
+
+def recovered_from(path: Path, data: bytes) -> tuple[dict[str, int], list[str], bool]:
+    """Counts by generation, slices, and whether the segment is kept, of a folder with this only."""
+    path.write_bytes(data)
+    process = Journal(path.parent)
+    recovered = process.recover(LATER)
+    process.close()
+    counts = {item.generation_id: end.output_tokens for item, end in recovered.settlements}
+    return counts, recovered.slice_ids, bool(recovered.damaged)
+
+
+def test_a_journal_cut_at_any_byte_is_that_of_its_whole_records(tmp_path: Path) -> None:
+    """Death in the middle of a write, and power that fails: nothing behind the cut was released."""
+    path, ends = write_a_life(tmp_path)
+    whole = path.read_bytes()
+    assert ends[-1] == len(whole)
+    of_whole = {end: recovered_from(path, whole[:end]) for end in [0, *ends]}
+    assert of_whole[len(whole)] == ({"gen_g1_1": 7, "gen_g1_2": 11}, ["s1"], False)
+
+    for size in range(len(whole)):
+        last = max(end for end in [0, *ends] if end <= size)
+        assert recovered_from(path, whole[:size]) == of_whole[last], size
+
+
+def test_any_flipped_bit_costs_its_own_record_only_and_the_segment_is_kept(tmp_path: Path) -> None:
+    """What lies behind the damage counts: dropping it would give away what was delivered."""
+    path, ends = write_a_life(tmp_path)
+    whole = path.read_bytes()
+    starts = [0, *ends[:-1]]
+    for start, end in zip(starts, ends, strict=True):
+        without = recovered_from(path, whole[:start] + whole[end:])
+        is_last = end == len(whole)
+        for offset in range(start, end):
+            data = bytearray(whole)
+            data[offset] ^= 1 << (offset % 8)
+            counts, slice_ids, is_kept = recovered_from(path, bytes(data))
+            assert (counts, slice_ids) == without[:2], offset
+            assert is_kept is not is_last, offset
+
+
+def test_a_damaged_segment_is_set_aside_and_never_replayed_or_overwritten(tmp_path: Path) -> None:
+    for life in (1, 2):
+        path, ends = write_a_life(tmp_path / "journal")
+        flip(path, ends[0] + 3)
+        process = Journal(tmp_path / "journal")
+        recovered = process.recover(LATER)
+        assert recovered.damaged == {path}
+
+        process.forget(recovered)
+
+        process.close()
+        assert list((tmp_path / "journal").glob("*.journal")) == []
+        kept = list((tmp_path / "journal").glob("*.damaged"))
+        assert len(kept) == life
+
+
+def test_a_length_beyond_all_reason_reads_no_further_than_the_next_record(tmp_path: Path) -> None:
+    path, ends = write_a_life(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[ends[2] : ends[2] + HEADER.size] = HEADER.pack(2**32 - 1, 0)
+
+    _, _, is_kept = recovered_from(path, bytes(data))
+
+    assert is_kept
+
+
+def test_zeros_behind_the_last_record_are_a_torn_end(tmp_path: Path) -> None:
+    """What a file system leaves of an append that power failed in."""
+    path, _ = write_a_life(tmp_path)
+    whole = path.read_bytes()
+
+    assert recovered_from(path, whole + bytes(5000)) == recovered_from(path, whole)
+
+
+def test_a_record_of_a_later_version_is_kept_for_it(tmp_path: Path) -> None:
     first = Journal(tmp_path)
-    ordinal = first.opened(opening(1))
-    first.progress([(ordinal, 3)])
-    first.progress([(ordinal, 9)])
-    path = first._path(first._number)
+    first._write_json(b"X", 1)
+    first.slice_wanted("s1")
     abandon(first)
-    path.write_bytes(path.read_bytes()[:-torn_bytes])
 
     recovered = Journal(tmp_path).recover(LATER)
 
-    assert recovered.settlements[0][1].output_tokens == 3
+    assert recovered.slice_ids == ["s1"]
+    assert recovered.damaged == {first._path(1)}
 
 
-def test_a_flipped_bit_ends_the_segment_and_not_the_start(tmp_path: Path) -> None:
+def test_a_flipped_bit_in_the_last_record_is_a_torn_end(tmp_path: Path) -> None:
     first = Journal(tmp_path)
     ordinal = first.opened(opening(1))
     first.progress([(ordinal, 3)])
     path = first._path(first._number)
     abandon(first)
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(bytes(data))
+    flip(path, path.stat().st_size - 1)
 
-    assert [body[:1] for body in read_records(path)] == [b"O"]
+    segment = read_segment(path)
+
+    assert [body[:1] for body in segment.bodies] == [b"O"]
+    assert segment.damaged_bytes == 0
 
 
 def test_ordinals_of_two_processes_do_not_meet(tmp_path: Path) -> None:

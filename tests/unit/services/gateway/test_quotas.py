@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from libs.errors import DeadlineExceeded, Reason, ResourceExhausted, Unavailable
-from libs.testing import FakeClock
+from libs.testing import FakeClock, eventually
 from services.gateway.limits import Rate, RateLimit
 from services.gateway.places import Places
-from services.gateway.quotas import Amount, Metric, Need, Quotas, Taken
+from services.gateway.quotas import GIVE_BACK_S, Amount, Metric, Need, Quotas, Taken
 from tests.integration.services.gateway.neighbours_quota import SHARE_LEASE_S, QuotaBilling
 
 RATE = 6000
@@ -177,3 +179,161 @@ async def test_shares_that_nobody_uses_are_forgotten(world: World) -> None:
         world.quotas.sweep()
 
     assert world.quotas._shares == {}
+
+
+async def filled(world: World) -> None:
+    """Has a second's worth at hand, and forgets which questions that took."""
+    await world.burst(20)
+    world.clock.advance(1.0)
+    await world.burst(1)
+    world.billing.asked.clear()
+
+
+async def test_what_runs_low_is_brought_before_anybody_misses_it(world: World) -> None:
+    await filled(world)
+    await world.burst(10)
+    await world.quotas.bring()
+    assert world.billing.asked == []
+
+    await world.burst(1)
+    await world.quotas.bring()
+    await world.quotas.bring()
+
+    # As much as was there, so that it is never more than a second's worth; once for all.
+    assert world.billing.asked == [[Amount(key=KEY, required=0, wanted=11)]]
+    await world.burst(20)
+    assert len(world.billing.asked) == 1
+
+
+async def test_what_is_brought_goes_back_when_nobody_comes(world: World) -> None:
+    await filled(world)
+    await world.burst(15)
+    await world.quotas.bring()
+    world.clock.advance(SHARE_LEASE_S)
+
+    world.quotas.sweep()
+    await world.quotas.flush()
+    await world.quotas.bring()
+
+    assert world.billing.returned == [{KEY: 20}]
+    assert len(world.billing.asked) == 1
+
+
+async def test_near_the_limit_nothing_is_brought_that_others_may_need(world: World) -> None:
+    await filled(world)
+    await world.burst(11)
+    world.billing.levels[KEY] = RATE - 3
+
+    await world.quotas.bring()
+    assert world.billing.level(KEY) == RATE
+    await world.burst(12)
+    await world.quotas.bring()
+
+    assert len(world.billing.asked) == 1
+
+
+async def test_what_cannot_be_brought_is_asked_for_again_with_the_next_request(
+    world: World,
+) -> None:
+    await filled(world)
+    await world.burst(11)
+    world.billing.is_away = True
+    await world.quotas.bring()
+    world.billing.is_away = False
+
+    await world.burst(1)
+    await world.quotas.bring()
+
+    assert [len(amounts) for amounts in world.billing.asked] == [1, 1]
+    await world.burst(20)
+    assert len(world.billing.asked) == 2
+
+
+async def test_a_share_is_filled_while_requests_go_on(world: World) -> None:
+    await filled(world)
+    running = asyncio.create_task(world.quotas.run())
+
+    await world.burst(11)
+    await eventually(lambda: world.clock.pending == 1)
+    world.clock.advance(GIVE_BACK_S)
+    await eventually(lambda: len(world.billing.asked) == 1)
+
+    running.cancel()
+    await world.burst(20)
+    assert len(world.billing.asked) == 1
+
+
+async def test_who_comes_less_often_than_before_is_brought_less(world: World) -> None:
+    await filled(world)
+    world.clock.advance(1.0)
+    await world.burst(11)
+
+    await world.quotas.bring()
+
+    # Nine of twenty are left, and a second takes eleven now.
+    assert world.billing.asked == [[Amount(key=KEY, required=0, wanted=2)]]
+    await world.burst(1)
+    await world.quotas.bring()
+    assert len(world.billing.asked) == 1
+
+
+async def test_shares_that_are_used_together_are_filled_together(world: World) -> None:
+    other = RateLimit("limits/other", Rate(requests=RATE))
+    world.billing.add(other)
+    await world.quotas.take([other], ONE)
+    for _ in range(19):
+        await world.quotas.take([LIMIT, other], ONE)
+    world.clock.advance(1.0)
+    await world.quotas.take([LIMIT, other], ONE)
+    world.billing.asked.clear()
+
+    # Of nineteen and twenty: the one runs low, the other one does not yet.
+    for _ in range(10):
+        await world.quotas.take([LIMIT, other], ONE)
+    await world.quotas.bring()
+
+    (amounts,) = world.billing.asked
+    assert {amount.key[0]: amount.wanted for amount in amounts} == {
+        LIMIT.name: 10,
+        other.name: 10,
+    }
+
+
+async def test_a_lease_is_renewed_while_requests_come(world: World) -> None:
+    await filled(world)
+    await world.burst(9)
+    world.clock.advance(1.0)
+    await world.burst(1)
+
+    await world.quotas.bring()
+
+    # Ten a second come, and ten are there.
+    assert world.billing.asked == [[Amount(key=KEY, required=0, wanted=0)]]
+    world.clock.advance(1.0)
+    await world.burst(10)
+    assert len(world.billing.asked) == 1
+
+
+async def test_what_many_have_brought_together_is_no_more_than_a_second_needs(
+    world: World,
+) -> None:
+    await world.burst(20)
+    world.clock.advance(1.0)
+
+    async def slowly(amounts: list[Amount]) -> Taken:
+        await asyncio.sleep(0)
+        return await world.billing.take(amounts)
+
+    world.quotas._take_quota = slowly
+    await asyncio.gather(*(world.quotas.take([LIMIT], ONE) for _ in range(5)))
+    world.clock.advance(1.0)
+    await world.burst(1)
+
+    await world.quotas.bring()
+    await world.quotas.flush()
+
+    # Each brought twenty; five came in a second.
+    assert world.billing.returned == [{KEY: 5 * 20 - 1 - 5}]
+    asked = len(world.billing.asked)
+    await world.burst(5)
+    assert len(world.billing.asked) == asked

@@ -12,6 +12,7 @@ from maas.inference.v1 import generation_pb2, scores_pb2
 
 from libs.errors import Unavailable
 from services.gateway.generation import FRAME_BYTES_MAX
+from services.gateway.pacing import PORTION
 from services.gateway.rich import ALARM_BYTES, RichChunk, RichSink, RichTerms
 
 END = generation_pb2.OutputEnd(reason=generation_pb2.FINISH_REASON_END)
@@ -107,6 +108,22 @@ async def test_what_does_not_fit_into_a_frame_waits_for_the_next() -> None:
     assert len(chunks) > 1
     assert max(len(chunk.data) for chunk in chunks) <= FRAME_BYTES_MAX
     assert "".join(delta.text for delta in outputs(chunks)) == text * 50
+
+
+async def test_no_more_tokens_are_taken_than_asked_for() -> None:
+    sink = await sink_of()
+    for _ in range(3 * PORTION):
+        sink.push_row(0, "ab", [1], None, None)
+    sink.finish(0, END)
+
+    taken = []
+    while sink.has_output:
+        taken.append(sink.take(PORTION))
+
+    assert [chunk.tokens for chunk in taken] == [PORTION] * 3
+    assert [len(chunk.token_ids) for chunk in taken] == [PORTION] * 3
+    assert "".join(delta.text for delta in outputs(taken)) == "ab" * 3 * PORTION
+    assert [chunk.is_last for chunk in taken] == [False, False, True]
 
 
 async def test_one_row_larger_than_a_frame_is_cut_and_counted_first() -> None:

@@ -365,6 +365,22 @@ async def test_an_answer_that_never_came_is_given_back() -> None:
     assert account.available == 100
 
 
+async def test_no_more_is_asked_for_while_many_answers_are_missing() -> None:
+    """While billing is away each request would add one more to be given back."""
+    account = Account(1000, is_away=True)
+    book = book_of(account, FakeClock())
+
+    for _ in range(60):
+        with pytest.raises(Unavailable):
+            await book.reserve(ACCOUNT, 10)
+    assert len(account.asked) == len(book._orphans) == 50
+
+    account.is_away = False
+    await book.close_idle(2.0)
+    assert book._orphans == []
+    assert (await book.reserve(ACCOUNT, 10)).nanos == 10
+
+
 async def test_an_answer_that_is_lost_while_others_are_given_back_is_given_back_too() -> None:
     account, clock = Account(1000), FakeClock()
     book = book_of(account, clock)

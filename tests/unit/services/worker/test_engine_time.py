@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +25,31 @@ def test_outputs_that_run_together_share_the_time() -> None:
     assert shares.leave(2) == pytest.approx(2.0)
     clock.advance(1.0)
     assert shares.leave(1) == pytest.approx(3.0 + 2.0 + 1.0)
+
+
+def test_a_call_to_embed_shares_the_time_with_the_outputs_beside_it() -> None:
+    clock = FakeClock()
+    shares = EngineTime(clock, MOST)
+    shares.enter(1)
+    clock.advance(3.0)
+    with shares.passing("embed-1") as took:
+        clock.advance(4.0)
+    clock.advance(1.0)
+
+    assert took.seconds == pytest.approx(2.0)
+    assert shares.leave(1) == pytest.approx(3.0 + 2.0 + 1.0)
+
+
+def test_a_call_to_embed_that_fails_takes_no_more_of_the_time() -> None:
+    clock = FakeClock()
+    shares = EngineTime(clock, MOST)
+    shares.enter(1)
+    with contextlib.suppress(ValueError), shares.passing("embed-1"):
+        clock.advance(2.0)
+        raise ValueError
+    clock.advance(5.0)
+
+    assert shares.leave(1) == pytest.approx(1.0 + 5.0)
 
 
 def test_a_time_without_work_is_nobodys() -> None:

@@ -10,7 +10,8 @@ from maas.engine.v1 import engine_pb2, engine_service_pb2
 from libs.errors import Cancelled, MaasError, ResourceExhausted, Unavailable
 from libs.testing import FakeClock
 from services.worker import outbox as module
-from services.worker.outbox import HELD_MAX, LANES_MAX, Outbox
+from services.worker.outbox import HALT_S, HELD_MAX, LANES_MAX, Outbox
+from services.worker.rows import ROW_TOKENS_MAX
 
 rows = st.lists(
     st.tuples(st.integers(1, 4), st.integers(0, 99), st.text("ab", max_size=2)), min_size=1
@@ -210,6 +211,52 @@ async def test_ends_wait_behind_rows_that_did_not_fit(monkeypatch: pytest.Monkey
     first, second = world.take()
     assert (unpack(first), len(first.accepted), len(first.ended)) == ({1: ([0, 1, 2], "xxx")}, 1, 0)
     assert (unpack(second), len(second.ended)) == ({1: ([3, 4], "xx")}, 1)
+
+
+@settings(deadline=None)
+@given(added=st.lists(st.tuples(st.integers(1, 3), st.integers(0, 99)), min_size=1, max_size=400))
+async def test_what_piled_up_during_a_halt_comes_in_order_in_rows_of_bounded_length(
+    added: list[tuple[int, int]],
+) -> None:
+    world = World(grant=0)
+    for lane in (1, 2, 3):
+        world.outbox.open_lane(lane)
+    await world.advance(HALT_S + EPSILON_S)
+    await world.step(*((lane, token_id, str(token_id)) for lane, token_id in added))
+    for lane in (1, 2, 3):
+        world.outbox.end(engine_pb2.Ended(lane=lane))
+
+    world.outbox.grant(1000)
+    await turns()
+    while world.outbox.lanes:
+        await turns()
+
+    messages = world.take()
+    told: dict[int, list[int]] = {}
+    for events in messages:
+        for lane, (token_ids, text) in unpack(events).items():
+            assert len(token_ids) <= ROW_TOKENS_MAX
+            assert text == "".join(str(token_id) for token_id in token_ids)
+            told.setdefault(lane, []).extend(token_ids)
+    want: dict[int, list[int]] = {}
+    for lane, token_id in added:
+        want.setdefault(lane, []).append(token_id)
+    assert told == want
+    assert [len(events.ended) for events in messages] == [0] * (len(messages) - 1) + [3]
+
+
+async def test_without_a_halt_a_row_is_as_long_as_it_is() -> None:
+    world = World()
+    await world.accept(1)
+    world.take()
+    await world.advance(HALT_S + EPSILON_S)
+    await world.step(*((1, 5, "a") for _ in range(ROW_TOKENS_MAX + 1)))
+    assert [list(events.token_counts) for events in world.take()] == [[ROW_TOKENS_MAX], []]
+
+    await world.advance(HALT_S / 2)
+    await world.step(*((1, 5, "a") for _ in range(ROW_TOKENS_MAX + 1)))
+
+    assert [list(events.token_counts) for events in world.take()] == [[ROW_TOKENS_MAX + 1]]
 
 
 async def test_rows_that_did_not_fit_follow_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

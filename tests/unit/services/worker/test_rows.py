@@ -114,6 +114,24 @@ def test_every_lane_is_told_all_of_its_rows_in_order(
         module.WEIGHT_MAX = before
 
 
+def test_additions_of_a_lane_are_joined_up_to_a_bound() -> None:
+    rich = RichRows()
+    for number in range(module.ROW_TOKENS_MAX + 5):
+        rich.add(1, Row([number], segments=[engine_pb2.Segment(reasoning="r")]))
+    rich.add(2, Row(list(range(module.ROW_TOKENS_MAX + 1)), "whole"))
+    first, second = engine_pb2.StepEvents(), engine_pb2.StepEvents()
+
+    rich.take(first)
+    assert rich.tokens == 5
+    rich.take(second)
+
+    assert list(first.lanes) == [1, 2]
+    # One addition is never split.
+    assert list(first.token_counts) == [module.ROW_TOKENS_MAX, module.ROW_TOKENS_MAX + 1]
+    assert list(second.token_counts) == [5]
+    assert not rich
+
+
 def test_counts_are_left_out_while_every_row_has_one_token() -> None:
     rich = RichRows()
     rich.add(1, Row([5], "a"))
