@@ -13,7 +13,8 @@ SETUP_DEPLOY := if [ -x $(PY) ]; then $(PY) -I -S tools/setup.py --deploy; else 
 SOURCES := libs services tools tests deploy/docker docs/clients/python
 TESTS := $(wildcard tests/tidy tests/unit tests/sim tests/integration tests/system)
 FLAGS = $(if $(ENGINE),--engine "$(ENGINE)") $(if $(MODEL),--model "$(MODEL)") \
-	$(if $(CAPACITY),--capacity "$(CAPACITY)") $(if $(WORKERS),--workers "$(WORKERS)") $(ARGS)
+	$(if $(CAPACITY),--capacity "$(CAPACITY)") $(if $(WORKERS),--workers "$(WORKERS)") \
+	$(if $(GATEWAYS),--gateways "$(GATEWAYS)") $(ARGS)
 PYTEST = $(PY) -m pytest $(if $(K),-k "$(K)")
 # Much of a test is waiting for processes and timers, so more of them than cores run together. A file
 # stays in one process: its tests may share what takes long to start.
@@ -30,7 +31,7 @@ help: ## This text
 		/^## / { printf "\n%s\n", substr($$0, 4) } \
 		/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-## Run it. MODEL=<file.gguf> ENGINE=sim|llamacpp|trtllm CAPACITY=<streams> WORKERS=<number>
+## Run it. MODEL=<file.gguf> ENGINE=sim|llamacpp|trtllm CAPACITY=<streams> WORKERS=<number> GATEWAYS=<number>
 ##   MAAS_PORT_BASE=<port> moves all ports, ARGS=--detach returns when ready
 
 run: setup ## Start the whole suite here; Ctrl-C stops it
@@ -80,9 +81,9 @@ conformance: $(if $(filter engine,$(GROUP)),setup-dev,setup) ## Show what is pro
 	@GRPC_VERBOSITY=ERROR exec $(PY) -m tools.conformance --group "$(or $(GROUP),stream)" \
 		$(if $(ONLY),--only "$(ONLY)") $(ARGS)
 
-chaos: setup ## Kill a suite of its own under load, then audit every token. SECONDS=60 SEED=7
+chaos: setup-dev ## Kill a suite of its own under load, then audit every token. SECONDS=60 KILLS=1000 SEED=7
 	@GRPC_VERBOSITY=ERROR exec $(PY) -m tools.chaos $(if $(SECONDS),--seconds "$(SECONDS)") \
-		$(if $(SEED),--seed "$(SEED)") $(ARGS)
+		$(if $(KILLS),--kills "$(KILLS)") $(if $(SEED),--seed "$(SEED)") $(ARGS)
 
 deploy-check: setup-deploy ## Images and manifests, by their own linters; needs kubectl or kustomize
 	@exec $(PY) -m tools.deploy.check

@@ -75,10 +75,12 @@ class SeedError(Exception):
     """The suite is not as the seed needs it; the text says what to do."""
 
 
-def connect(ports: Ports, service: str, key: str) -> rpc.Peer:
-    """Connects to a service with an API key."""
-    found = [module.DESCRIPTOR.services_by_name.values() for module in _MODULES[service]]
-    return rpc.Peer(address(ports.of(service)), key, [item for items in found for item in items])
+def connect(ports: Ports, process: str, key: str) -> rpc.Peer:
+    """Connects to a process, "auth" or "gateway-2", with an API key."""
+    modules = _MODULES[process.partition("-")[0]]
+    found = [module.DESCRIPTOR.services_by_name.values() for module in modules]
+    known = [item for items in found for item in items]
+    return rpc.Peer(address(ports.of_process(process)), key, known)
 
 
 async def patiently(call: Callable[[], Awaitable[Response]]) -> Response:
@@ -126,7 +128,8 @@ async def seed(state: State, plan: Plan) -> None:
         info = await await_workers(scheduler, plan)
         offering = await create_offering(catalog, plan, info)
         await create_price(billing, offering)
-    await await_gateway(ports, credential.read(credential.tenant_key_file(state)))
+    for name in plan.gateway_names:
+        await await_gateway(ports, name, credential.read(credential.tenant_key_file(state)))
     answer(state, last_part(offering))
 
 
@@ -280,9 +283,9 @@ async def create_price(billing: rpc.Peer, offering: str) -> None:
     await create(lambda: billing.call(stub.CreatePrice, request))
 
 
-async def await_gateway(ports: Ports, key: str) -> None:
-    """Waits until the gateway accepts the tenant's key: it has heard of everything before it."""
-    async with connect(ports, "gateway", key) as gateway:
+async def await_gateway(ports: Ports, name: str, key: str) -> None:
+    """Waits until a gateway accepts the tenant's key: it has heard of everything before it."""
+    async with connect(ports, name, key) as gateway:
         stub = GenerationServiceStub(gateway.channel)
         request = generations.CancelGenerationRequest(generation_id="none")
         try:

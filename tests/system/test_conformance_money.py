@@ -16,8 +16,9 @@ from tools.conformance.verdict import Kind, Verdict
 
 ALONE = ("B-13", "B-4", "U1", "U6")
 """Features that kill processes, alter the ledger or count what engines do."""
-ELSEWHERE = ("B-5", "U2", "B-10")
-"""Group stream shows most of B-5 and U2; B-10 mostly waits for workers to come back."""
+ELSEWHERE = ("B-5", "U2", "B-10", "postgres")
+"""Group stream shows most of B-5 and U2; B-10 mostly waits for workers to come back, and postgres
+for a database that is away for half a minute: test_fault_cases.py has a shorter one."""
 LIARS_AT_ONCE = 12
 
 
@@ -57,4 +58,4 @@ async def test_every_lie_about_money_is_seen(place: Deployment) -> None:
 
 
 def test_every_feature_that_needs_no_kill_has_its_lies() -> None:
-    assert {lie.feature for lie in LIES} == set(MONEY) - {"B-5", "B-10", "U1"}
+    assert {lie.feature for lie in LIES} == set(MONEY) - {"B-5", "B-10", "U1", "postgres"}

@@ -55,6 +55,7 @@ async def test_other_version_of_a_name_gets_an_offering_of_its_own(
         Plan(
             port_base=running_suite.base,
             workers=1,
+            gateway_names=["gateway"],
             model_id="story",
             version_id=version,
             digest=f"sha256:{version:0<64}",

@@ -4,9 +4,11 @@ A client that read the last frame has exactly one record with its counts. One th
 has been counted no less than it received and at most OVER_MAX more, whoever paid for it. Where the
 end was ours, nothing was charged.
 
-One case has no such bound, only its part in the share of all tokens: a gateway or worker that stood
-still and goes on sends all at once what has piled up, and a client that leaves in that very moment
-leaves with that on its way.
+The bound is one for clients that read. While the network keeps a client from reading, or the client
+itself or the network gets no time of the processor, tokens are made and counted: a stream that ends
+in such a time, or in the moment after, may be over by what was made meanwhile, too, and has no part
+in the share of all tokens, which is one of reading clients. Nothing else is excused: what piles up
+behind a gateway or a worker that stands still is for the gateway to release in portions.
 """
 
 from __future__ import annotations
@@ -15,14 +17,17 @@ import enum
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 OVER_MAX = 64
 """Tokens that a stream may be counted more than its reading client received."""
+TOKENS_PER_S = 50
+"""How fast a stream is made at most."""
 OVER_SHARE_MAX = 0.002
 """The same over all that was charged."""
 BURST_S = 1.0
-"""How long after a halt what has piled up is being sent."""
+"""How long after a halt what has piled up is being sent and read."""
 SHARE_TOKENS_MIN = 50_000
 """A share of fewer tokens than these says nothing: one cut stream may be all of it."""
 
@@ -31,6 +36,7 @@ class Kind(enum.Enum):
     """What a client does."""
 
     STREAM = "stream"
+    REPEAT = "repeat"
     UNARY = "unary"
     CANCEL = "cancel"
     DETACH = "detach"
@@ -60,6 +66,8 @@ class Attempt:
         cause: why, for people.
         start_s: on the loop's clock.
         end_s: on the loop's clock.
+        gateway: process that was asked.
+        ended: time of day, to look it up in logs.
     """
 
     request_id: str
@@ -72,23 +80,32 @@ class Attempt:
     cause: str = ""
     start_s: float = 0.0
     end_s: float = 0.0
+    gateway: str = ""
+    ended: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Halt:
-    """A time in which a gateway or a worker stood still.
+    """A time in which tokens piled up.
 
     Attributes:
         start_s: on the loop's clock.
         end_s: on the loop's clock.
+        gateway: process whose clients it met; empty when all.
+        is_away: clients were kept from reading, which excuses; else the suite stood still.
     """
 
     start_s: float
     end_s: float
+    gateway: str = ""
+    is_away: bool = False
 
-    def has_met(self, attempt: Attempt) -> bool:
-        """Whether a generation lived in it, or in the moment after."""
-        return attempt.start_s <= self.end_s + BURST_S and attempt.end_s >= self.start_s
+    def shared_s(self, attempt: Attempt) -> float:
+        """Seconds of a generation's life in it; none once what had piled up was read."""
+        if self.gateway not in {"", attempt.gateway} or attempt.end_s > self.end_s + BURST_S:
+            return 0.0
+        start_s, end_s = max(self.start_s, attempt.start_s), min(self.end_s, attempt.end_s)
+        return max(0.0, end_s - start_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,11 +135,12 @@ class Audit:
 
     Attributes:
         ends: attempts by their end.
-        halts: of gateways and workers.
+        halts: in which tokens piled up.
         interrupted: records whose clients did not see the end, or none at all.
         charged: of them, those that were charged.
         over: tokens charged and not received, of each interrupted stream of a reading client.
-        halted_over: the same of those that met a halt; over has them too.
+        halted_over: the same of those that ended in a halt of the suite; over has them too.
+        away_over: the same of those whose clients were kept from reading; over has none of them.
         lost_answers: the same of unary calls: an answer is sent whole, or is lost whole.
         tokens: output tokens of all records that were charged.
         faults: what must not be.
@@ -134,6 +152,7 @@ class Audit:
     charged: int = 0
     over: list[int] = field(default_factory=list)
     halted_over: list[int] = field(default_factory=list)
+    away_over: list[int] = field(default_factory=list)
     lost_answers: list[int] = field(default_factory=list)
     tokens: int = 0
     faults: list[str] = field(default_factory=list)
@@ -152,7 +171,7 @@ def audit(
     Args:
         attempts: of all clients.
         records: all that there are.
-        halts: of gateways and workers.
+        halts: in which tokens piled up.
     """
     found = Audit(ends=Counter(attempt.end for attempt in attempts), halts=halts)
     by_generation: dict[str, list[Record]] = defaultdict(list)
@@ -161,14 +180,20 @@ def audit(
         by_generation[record.generation_id].append(record)
         by_request[record.request_id].append(record)
         _check_record(record, found)
-    requests = {attempt.request_id for attempt in attempts}
-    for request_id, of_request in by_request.items():
-        if sum(record.charge_nanos > 0 for record in of_request) > 1:
-            found.faults.append(f"request {request_id} was charged more than once")
-        if request_id not in requests:
-            found.faults.append(f"request {request_id} has a record and was never made")
+    # A client that repeats its request has of a generation what the best of its calls has.
+    best: dict[str, Attempt] = {}
+    for attempt in sorted(attempts, key=lambda item: item.received):
+        best[attempt.generation_id] = attempt
+    _check_requests({attempt.request_id for attempt in attempts}, by_request, found)
     for attempt in attempts:
-        _check_attempt(attempt, by_generation, by_request, found)
+        if attempt.generation_id:
+            _check_attempt(attempt, by_generation, best, found)
+    unheard = {item.request_id: item for item in attempts if not item.generation_id}
+    for attempt in unheard.values():
+        # What may have been made of a request without its client's knowing, billing knows.
+        for record in by_request.get(attempt.request_id, []):
+            if record.generation_id not in best:
+                _check_interrupted(attempt, record, found)
     if found.tokens >= SHARE_TOKENS_MIN and found.over_share > OVER_SHARE_MAX:
         found.faults.append(f"{found.over_share:.3%} of all tokens were charged and not received")
     return found
@@ -181,23 +206,28 @@ def _check_record(record: Record, found: Audit) -> None:
         found.tokens += record.output_tokens
 
 
+def _check_requests(
+    requests: AbstractSet[str], by_request: Mapping[str, Sequence[Record]], found: Audit
+) -> None:
+    for request_id, records in by_request.items():
+        if sum(record.charge_nanos > 0 for record in records) > 1:
+            found.faults.append(f"request {request_id} was charged more than once")
+        if request_id not in requests:
+            found.faults.append(f"request {request_id} has a record and was never made")
+
+
 def _check_attempt(
     attempt: Attempt,
     by_generation: Mapping[str, list[Record]],
-    by_request: Mapping[str, list[Record]],
+    best: Mapping[str, Attempt],
     found: Audit,
 ) -> None:
-    if not attempt.generation_id:
-        # The client never heard of it; what may have been made of it, billing knows by the request.
-        for record in by_request.get(attempt.request_id, []):
-            _check_interrupted(attempt, record, found)
-        return
     records = by_generation.get(attempt.generation_id, [])
     if len(records) != 1:
         found.faults.append(f"{attempt.generation_id} has {len(records)} usage records, not one")
     elif attempt.end is End.CLEAN:
         _check_clean(attempt, records[0], found)
-    else:
+    elif attempt is best[attempt.generation_id]:
         _check_interrupted(attempt, records[0], found)
 
 
@@ -217,16 +247,25 @@ def _check_interrupted(attempt: Attempt, record: Record, found: Audit) -> None:
     found.charged += record.charge_nanos > 0
     # Who has detached is not reading: all that is made is released to the log, and counted.
     is_reading = attempt.kind is not Kind.DETACH
-    is_halted = any(halt.has_met(attempt) for halt in found.halts)
-    if over < 0 or (is_reading and not is_halted and over > OVER_MAX):
+    met = [halt for halt in found.halts if halt.shared_s(attempt)]
+    away_s = sum(halt.shared_s(attempt) for halt in met if halt.is_away)
+    over_max = OVER_MAX + math.ceil(TOKENS_PER_S * away_s)
+    if over < 0 or (is_reading and over > over_max):
         found.faults.append(
-            f"{record.generation_id} ({attempt.kind.value}, {attempt.end.value}: {attempt.cause})"
+            f"{record.generation_id} ({attempt.kind.value}, {attempt.end.value}: {attempt.cause}"
+            f" {attempt.ended})"
             f" counts {record.output_tokens} tokens, its client received {attempt.received}"
+            f" and may have missed {over_max}"
         )
-    if is_reading and record.charge_nanos:
-        is_stream = attempt.kind is not Kind.UNARY
-        (found.over if is_stream else found.lost_answers).append(over)
-        if is_stream and is_halted:
+    if not is_reading or not record.charge_nanos:
+        return
+    if attempt.kind is Kind.UNARY:
+        found.lost_answers.append(over)
+    elif any(halt.is_away for halt in met):
+        found.away_over.append(over)
+    else:
+        found.over.append(over)
+        if met:
             found.halted_over.append(over)
 
 

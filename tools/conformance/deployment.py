@@ -62,6 +62,7 @@ class Deployment:
         busy_s: seconds that all engines have worked so far; None where workers are not reached.
         disabled: starts another deployment in which an operator has switched capabilities off,
             given their flags; None where that cannot be done.
+        without_database: takes PostgreSQL away until it is left; None where that is not allowed.
     """
 
     endpoint: str
@@ -84,6 +85,7 @@ class Deployment:
     tamper: Statement | None = None
     busy_s: Figure | None = None
     disabled: Callable[[Sequence[str]], AbstractAsyncContextManager[Deployment]] | None = None
+    without_database: Callable[[], AbstractAsyncContextManager[None]] | None = None
 
 
 def shell_action(command: str) -> WorkerAction:

@@ -17,6 +17,7 @@ from tools.conformance import (
     money_ends,
     money_limits,
     money_meter,
+    money_outage,
     money_proof,
     release,
     scoring,
@@ -85,6 +86,7 @@ MONEY: Mapping[str, Show] = MappingProxyType(
         "B-10": money_ends.nothing_costs_nothing,
         "U1": money_ends.kills_leave_exact_books,
         "U6": money_proof.the_auditor_finds_it,
+        "postgres": money_outage.the_database_may_go,
     }
 )
 GROUPS: Mapping[str, Mapping[str, Show]] = MappingProxyType(

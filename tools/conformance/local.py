@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import os
 import re
 import secrets
 import signal
-import subprocess
-import sys
 import tempfile
 import urllib.request
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -26,26 +23,22 @@ from tools.conformance.engine.trtllm import (
     write_tiny_model,
 )
 from tools.conformance.lora import write_adapter
-from tools.conformance.operator import within
 from tools.conformance.verdict import CannotShow
-from tools.local import probe
+from tools.local.absence import Way, database_away
 from tools.local.place import (
     DATABASE,
     METRICS_OFFSET,
     OWN_MODEL,
-    ROOT,
     Ports,
     State,
-    address,
 )
-from tools.local.temporary import PORTS_SPAN, START_S, SuiteFailure, temporary_suite
+from tools.local.temporary import SuiteFailure, temporary_suite
 
 STALL_LIMIT_S = 2.0
 REPLAY_WINDOW_S = 3.0
 WORKERS = 2
 CAPACITY = 32
 """Two workers of it hold the 50 streams of U5, and W-2 can fill them."""
-_STOP_S = 15.0
 _SETTINGS = (
     f"gateway.stall_limit={STALL_LIMIT_S:g}s",
     f"gateway.replay_window={REPLAY_WINDOW_S:g}s",
@@ -77,7 +70,7 @@ def own_suite(
     Args:
         engine: of its workers, as `make run` knows them.
         settings: "section.key=value" beside the kit's own.
-        gateways: how many; the supervisor restarts the first only.
+        gateways: how many.
 
     Raises:
         SuiteFailure: it did not start.
@@ -89,12 +82,9 @@ def own_suite(
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="maas-model-"))
             model, environment = _stand_in(Path(folder))
             flags += ["--model", str(model)]
+        flags += ["--gateways", str(gateways)]
         state = stack.enter_context(temporary_suite(flags, environment=environment))
-        more = [
-            stack.enter_context(_another_gateway(state, number))
-            for number in range(2, gateways + 1)
-        ]
-        yield dataclasses.replace(_deployment(state, engine), more_endpoints=more)
+        yield _deployment(state, engine)
 
 
 def _stand_in(folder: Path) -> tuple[Path, dict[str, str]]:
@@ -110,47 +100,6 @@ def _stand_in(folder: Path) -> tuple[Path, dict[str, str]]:
         return model, stand_in_environment(_STAND_IN_SETTINGS)
     except CannotShow as reason:
         raise SuiteFailure(str(reason)) from None
-
-
-@contextlib.contextmanager
-def _another_gateway(state: State, number: int) -> Iterator[str]:
-    """Runs one more gateway, as the first is configured; its address.
-
-    Raises:
-        SuiteFailure: it does not serve in time.
-    """
-    first = state.config / "gateway.toml"
-    place = read_variables(state)["MAAS_ENDPOINT"]
-    port = int(place.rpartition(":")[2])
-    own = port + PORTS_SPAN - number
-    text = first.read_text(encoding="utf-8").replace(place, address(own))
-    text = text.replace(address(port + METRICS_OFFSET), address(own + METRICS_OFFSET))
-    text = text.replace('instance = "g1"', f'instance = "g{number}"')
-    text = text.replace(str(state.journal), f"{state.journal}-{number}")
-    config = first.with_name(f"gateway-{number}.toml")
-    config.write_text(text, encoding="utf-8")
-    with (state.logs / f"gateway-{number}.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "services.gateway", "--config", str(config)],
-            cwd=ROOT,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        asyncio.run(_serves(own))
-        yield address(own)
-    finally:
-        process.terminate()
-        try:
-            process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-async def _serves(port: int) -> None:
-    if not await within(START_S, lambda: probe.is_serving(port)):
-        raise SuiteFailure(f"another gateway does not serve within {START_S:g} s")
 
 
 @contextlib.asynccontextmanager
@@ -179,6 +128,7 @@ def _deployment(state: State, engine: str) -> Deployment:
     variables = read_variables(state)
     return Deployment(
         endpoint=variables["MAAS_ENDPOINT"],
+        more_endpoints=variables["MAAS_ENDPOINTS"].split()[1:],
         api_key=variables["MAAS_API_KEY"],
         model=variables["MAAS_MODEL"],
         admin_key=variables["MAAS_ADMIN_KEY"],
@@ -195,6 +145,7 @@ def _deployment(state: State, engine: str) -> Deployment:
         tamper=lambda statements: _tamper(state, statements),
         busy_s=lambda: asyncio.to_thread(_busy_s, state),
         disabled=lambda flags: _disabled(engine, flags),
+        without_database=lambda: database_away(state, Way.HALTED),
     )
 
 

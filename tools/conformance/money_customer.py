@@ -49,6 +49,8 @@ from tools.conformance.verdict import CannotShow, expect, expect_equal
 CREDIT = 50_000_000_000
 HEARD_S = 10.0
 """How long a gateway may take to hear of a limit."""
+WINDOW_S = 90.0
+"""What is shown of a spend limit takes less: its window shall not end meanwhile."""
 PAGE_SIZE = 1000
 AUDIT_S = 120.0
 NEEDS = "needs --billing, --admin-endpoint and --admin-key-file"
@@ -347,7 +349,12 @@ class Customer:
     # ---- limits
 
     async def limit(self, scope: str, kind: limits.SpendLimit | limits.RateLimit) -> str:
-        """Sets a limit that all gateways have heard of when this returns; its name."""
+        """Sets a limit that all gateways have heard of when this returns; its name.
+
+        In the last moments of a day, of which one is the last of the month, it waits for the next.
+        """
+        if isinstance(kind, limits.SpendLimit):
+            await operator.past_midnight(SystemClock(), WINDOW_S)
         name = await self._create_limit(scope, kind)
         await self.heard()
         return name

@@ -18,6 +18,7 @@ from google.protobuf.message import Message
 from maas.billing.v1 import audit_service_pb2 as audits
 from maas.billing.v1 import ledger_pb2
 from maas.common.v1 import receipt_pb2
+from maas.inference.v1 import embedding_service_pb2
 
 from libs.clock import SystemClock
 from tools.conformance.delivery import PROMPT, SEED
@@ -42,6 +43,11 @@ async def receipts_verify(trial: Trial) -> None:
             signed.append((streamed.generation_id, streamed.finished.receipt))
         whole = await tenant.generate(tenant.spec(PROMPT, 30, seed=SEED), request_id="once")
         signed.append((whole.generation_id, whole.receipt))
+        able = await tenant.capabilities()
+        if able.capabilities.embedding_dimensions:
+            inputs = [embedding_service_pb2.EmbedInput(text=PROMPT)]
+            made = await tenant.embed(embedding_service_pb2.EmbedRequest(inputs=inputs))
+            signed.append((made.generation_id, made.receipt))
         for generation_id, receipt in signed:
             await buyer.books.record(generation_id)
             expect(bool(receipt.signature), "a finished generation has no receipt")

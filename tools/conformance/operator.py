@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from datetime import UTC, timedelta
 
 import grpc
 from maas.auth.v1 import api_key_service_pb2 as api_keys
@@ -25,6 +26,7 @@ from maas.scheduler.v1 import worker_pb2
 from maas.scheduler.v1 import worker_service_pb2 as workers
 from maas.scheduler.v1.worker_service_pb2_grpc import WorkerServiceStub
 
+from libs.clock import Clock
 from libs.errors import Code
 from libs.units import Rates
 from tools.conformance.client import Refusal, Tenant
@@ -37,6 +39,8 @@ REST_S = 10.0
 """Longest time until nothing is held and nothing runs."""
 OTHER_PROJECT = "conformance-other"
 _PAGE_SIZE = 1000
+_DAY_S = 86_400.0
+_CLOCKS_APART_S = 2.0
 
 
 async def within(limit_s: float, condition: Callable[[], Awaitable[bool]]) -> bool:
@@ -48,6 +52,24 @@ async def within(limit_s: float, condition: Callable[[], Awaitable[bool]]) -> bo
             return False
         await asyncio.sleep(POLL_S)
     return True
+
+
+async def past_midnight(clock: Clock, needed_s: float) -> None:
+    """Waits for the next day of UTC, where this one ends in less than is needed.
+
+    Args:
+        clock: a little apart from the deployment's, perhaps.
+        needed_s: how long what follows may take.
+    """
+    now = clock.now().astimezone(UTC)
+    midnight = (now + timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
+    left_s = (midnight - now).total_seconds()
+    since_s = _DAY_S - left_s
+    if left_s < needed_s:
+        await clock.sleep_s(left_s + _CLOCKS_APART_S)
+    elif since_s < _CLOCKS_APART_S:
+        # The deployment's day may have a moment left.
+        await clock.sleep_s(_CLOCKS_APART_S - since_s)
 
 
 class Books:

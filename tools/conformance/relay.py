@@ -9,7 +9,7 @@ import struct
 from types import TracebackType
 from typing import Self
 
-_CHUNK_BYTES = 65536
+CHUNK_BYTES = 65536
 _BACKLOG = 16
 _AT_ONCE = struct.pack("ii", 1, 0)
 """SO_LINGER that makes closing a reset: what was not delivered yet is lost."""
@@ -19,6 +19,7 @@ class Relay:
     """Passes bytes between clients and one address. An async context manager.
 
     Attributes:
+        target: host and port to connect to.
         cuts: how many connections were cut.
     """
 
@@ -29,7 +30,7 @@ class Relay:
             target: host:port to connect to.
         """
         host, _, port = target.rpartition(":")
-        self._target = (host.strip("[]"), int(port))
+        self.target = (host.strip("[]"), int(port))
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
         self.cuts = 0
@@ -73,12 +74,19 @@ class Relay:
         # A cut connection is what the relay is for.
         with contextlib.suppress(asyncio.CancelledError, OSError):
             try:
-                far, forth = await asyncio.open_connection(*self._target)
-                await asyncio.gather(_copy(near, forth), _copy(far, back))
+                far, forth = await asyncio.open_connection(*self.target)
+                await asyncio.gather(self.copy(near, forth), self.copy(far, back))
             finally:
                 for writer in (back, forth):
                     if writer is not None:
                         _reset(writer)
+
+    async def copy(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        """Passes one direction of a connection to its end."""
+        while data := await source.read(CHUNK_BYTES):
+            target.write(data)
+            await target.drain()
+        target.close()
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
@@ -87,10 +95,3 @@ def _reset(writer: asyncio.StreamWriter) -> None:
     with contextlib.suppress(OSError):
         found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
     writer.transport.abort()
-
-
-async def _copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-    while data := await source.read(_CHUNK_BYTES):
-        target.write(data)
-        await target.drain()
-    target.close()

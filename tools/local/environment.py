@@ -39,6 +39,9 @@ def variables(options: Options, offering: str) -> dict[str, str]:
     names = ("gateway", *STATEFUL)
     return {
         "MAAS_ENDPOINT": address(ports.of("gateway")),
+        "MAAS_ENDPOINTS": " ".join(
+            address(ports.of_process(name)) for name in options.gateway_names
+        ),
         "MAAS_API_KEY": credential.read(credential.tenant_key_file(options.state)),
         "MAAS_ADMIN_KEY": credential.read(credential.admin_key_file(options.state)),
         "MAAS_MODEL": offering,

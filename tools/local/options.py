@@ -11,11 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tools.local.place import (
+    GATEWAYS_MAX,
     OWN_MODEL,
     PORT_BASE,
     PORT_BASE_MAX,
     PORT_BASE_MIN,
     ROOT,
+    SERVICES,
+    STATEFUL,
     WORKERS_MAX,
     Ports,
     State,
@@ -27,7 +30,10 @@ START_ON_GPU_S = 3600.0
 """A large model is read, hashed twice, tuned and recorded before its first token."""
 STEP = re.compile(r"\d+(\.\d+)?(ms|s)")
 _TRUTH = ("true", "false")
-SETTING = re.compile(r"(?P<name>(gateway|worker)(\.[a-z][a-z_]*)+)=(?P<value>.+)")
+SETTING = re.compile(
+    r"((?P<process>[a-z]+(-\d+)?):)?(?P<name>(?P<service>[a-z]+)(\.[a-z][a-z_]*)+)=(?P<value>.+)"
+)
+VARIABLE = re.compile(r"(?P<process>[a-z]+(-\d+)?):(?P<name>\w+)=(?P<value>.*)")
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
 
@@ -46,10 +52,13 @@ class Options:
         model: the GGUF file, or the directory for trtllm; None with the simulated engine.
         capacity: streams that a worker runs at the same time; None for the engine's default.
         workers: how many.
+        gateways: how many.
         settings: what is configured otherwise than the templates say, as TOML values by
-            "section.key": {"gateway.replay_window": '"5s"'}.
+            "section.key": {"gateway.replay_window": '"5s"'}; of one process only by
+            "process:section.key".
         is_detached: return when ready, leave the suite running.
         ready_descriptor: file descriptor that is told when all is ready; None for none.
+        environments: more variables of a process, by its name.
     """
 
     state: State
@@ -58,14 +67,26 @@ class Options:
     model: Path | None
     capacity: int | None
     workers: int
+    gateways: int
     settings: Mapping[str, str]
     is_detached: bool
     ready_descriptor: int | None
+    environments: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
 
     @property
     def start_timeout_s(self) -> float:
         """Longest time until all of it is ready."""
         return START_ON_GPU_S if self.engine == "trtllm" else START_S
+
+    @property
+    def worker_names(self) -> list[str]:
+        """Names of the worker processes."""
+        return [f"worker-{number}" for number in range(1, self.workers + 1)]
+
+    @property
+    def gateway_names(self) -> list[str]:
+        """Names of the gateway processes."""
+        return ["gateway", *(f"gateway-{number}" for number in range(2, self.gateways + 1))]
 
 
 def port_base() -> Ports:
@@ -105,6 +126,7 @@ def parse(arguments: Sequence[str]) -> Options:
     )
     parser.add_argument("--capacity", type=int, help="streams at the same time on each worker")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--gateways", type=int, default=1)
     parser.add_argument(
         "--step", metavar="TIME", help='the simulated GPU takes exactly this for a token: "20ms"'
     )
@@ -113,8 +135,12 @@ def parse(arguments: Sequence[str]) -> Options:
         "--set",
         action="append",
         default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="configure a gateway or worker otherwise: gateway.slice_idle=5s; may be repeated",
+        metavar="[PROCESS:]SECTION.KEY=VALUE",
+        help="configure a service otherwise: gateway.slice_idle=5s, or one process:"
+        " gateway-2:peers.billing=127.0.0.1:7000; may be repeated",
+    )
+    parser.add_argument(
+        "--env", action="append", default=[], metavar="PROCESS:NAME=VALUE", help=argparse.SUPPRESS
     )
     parser.add_argument("--detach", action="store_true", help="return when ready")
     parser.add_argument("--ready-descriptor", type=int, help=argparse.SUPPRESS)
@@ -125,6 +151,8 @@ def parse(arguments: Sequence[str]) -> Options:
         raise OptionError("a model file cannot be served by the simulated engine: drop one of them")
     if not 1 <= found.workers <= WORKERS_MAX:
         raise OptionError(f"--workers must be 1 to {WORKERS_MAX}")
+    if not 1 <= found.gateways <= GATEWAYS_MAX:
+        raise OptionError(f"--gateways must be 1 to {GATEWAYS_MAX}")
     if found.flat_out and found.step is not None:
         raise OptionError("--flat-out is --step 0ms: drop one of them")
     step = "0ms" if found.flat_out else found.step
@@ -132,17 +160,33 @@ def parse(arguments: Sequence[str]) -> Options:
         raise OptionError("--step and --flat-out are for the simulated engine: add --engine sim")
     if found.capacity is not None and found.capacity < 1:
         raise OptionError("--capacity must be 1 or more")
-    return Options(
+    options = Options(
         state=State(found.state.resolve()),
         ports=port_base(),
         engine=engine,
         model=_model_of(engine, found.model),
         capacity=found.capacity,
         workers=found.workers,
+        gateways=found.gateways,
         settings=_pace(step) | _settings(found.set),
         is_detached=found.detach,
         ready_descriptor=found.ready_descriptor,
+        environments=_environments(found.env),
     )
+    _check_processes(options)
+    return options
+
+
+def _check_processes(options: Options) -> None:
+    """Makes sure that there is every process that --set names."""
+    known = {*STATEFUL, *options.worker_names, *options.gateway_names}
+    for name in options.settings:
+        process, _, _ = name.rpartition(":")
+        if process and process not in known:
+            raise OptionError(f"--set {name}: there is no process {process}")
+    for process in options.environments:
+        if process not in known:
+            raise OptionError(f"--env: there is no process {process}")
 
 
 def _pace(step: str | None) -> dict[str, str]:
@@ -167,14 +211,26 @@ def _settings(texts: Sequence[str]) -> dict[str, str]:
     found = {}
     for text in texts:
         match = SETTING.fullmatch(text)
-        if match is None:
+        if match is None or not (match["process"] or match["service"] in SERVICES):
             raise OptionError(
-                f"--set {text}: must be SECTION.KEY=VALUE, SECTION being gateway, worker or a"
-                " section inside of them"
+                f"--set {text}: must be [PROCESS:]SECTION.KEY=VALUE, and without a process SECTION"
+                " is that of a service, or a section inside of it"
             )
         value = match["value"]
         is_bare = NUMBER.fullmatch(value) or value in _TRUTH
-        found[match["name"]] = value if is_bare else json.dumps(value)
+        name = text.partition("=")[0]
+        found[name] = value if is_bare else json.dumps(value)
+    return found
+
+
+def _environments(texts: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Reads --env."""
+    found: dict[str, dict[str, str]] = {}
+    for text in texts:
+        match = VARIABLE.fullmatch(text)
+        if match is None:
+            raise OptionError(f"--env {text}: must be PROCESS:NAME=VALUE")
+        found.setdefault(match["process"], {})[match["name"]] = match["value"]
     return found
 
 

@@ -24,8 +24,12 @@ PORT_BASE_MIN = 1024
 PORT_BASE_MAX = 64000
 METRICS_OFFSET = 1000
 WORKERS_MAX = 16
+GATEWAYS_MAX = 8
 _PORT_OFFSETS = {"gateway": 0, "catalog": 1, "auth": 2, "billing": 3, "scheduler": 4}
 _FIRST_WORKER_OFFSET = 5
+_SECOND_GATEWAY_OFFSET = _FIRST_WORKER_OFFSET + WORKERS_MAX
+PORTS_SPAN = 32
+"""Ports of a suite are below its base and this."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,7 +37,7 @@ class Ports:
     """The ports of a suite, all from one number.
 
     Attributes:
-        base: port of the gateway; the others follow.
+        base: port of the first gateway; the others follow.
     """
 
     base: int
@@ -46,9 +50,15 @@ class Ports:
         """Port of the gRPC server of a worker; the first is 1."""
         return self.base + _FIRST_WORKER_OFFSET + number - 1
 
+    def gateway(self, number: int) -> int:
+        """Port of the gRPC server of a gateway; the first is 1."""
+        return self.base if number == 1 else self.base + _SECOND_GATEWAY_OFFSET + number - 2
+
     def of_process(self, name: str) -> int:
-        """Port of the gRPC server of a process: "auth", or "worker-1"."""
+        """Port of the gRPC server of a process: "auth", "worker-1", "gateway-2"."""
         service, _, number = name.partition("-")
+        if service == "gateway":
+            return self.gateway(int(number or 1))
         return self.worker(int(number)) if number else self.of(service)
 
 
@@ -84,8 +94,12 @@ class State:
 
     @property
     def journal(self) -> Path:
-        """The gateway's usage journal."""
-        return self.root / "gateway" / "journal"
+        """The first gateway's usage journal."""
+        return self.journal_of("gateway")
+
+    def journal_of(self, process: str) -> Path:
+        """The usage journal of a gateway, "gateway" or "gateway-2"; it makes the folder itself."""
+        return self.root / process / "journal"
 
     @property
     def adapters(self) -> Path:

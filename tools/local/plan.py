@@ -20,6 +20,7 @@ class Plan:
     Attributes:
         port_base: of the suite.
         workers: how many must be ready.
+        gateway_names: processes that must know the tenant's key.
         model_id: of models/{model}; also the wanted name of the offering.
         version_id: of models/{model}/versions/{version}.
         digest: of the weights; empty for the simulated engine.
@@ -28,6 +29,7 @@ class Plan:
 
     port_base: int
     workers: int
+    gateway_names: list[str]
     model_id: str
     version_id: str
     digest: str
@@ -39,6 +41,7 @@ class Plan:
         return cls(
             port_base=options.ports.base,
             workers=options.workers,
+            gateway_names=options.gateway_names,
             model_id=model.model_id,
             version_id=model.version_id,
             digest=model.digest,

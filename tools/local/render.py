@@ -11,17 +11,12 @@ from urllib.parse import quote
 from tools.local import credential
 from tools.local.model import ServedModel
 from tools.local.options import Options
-from tools.local.place import DATABASE, METRICS_OFFSET, SERVICES, TEMPLATES, address
+from tools.local.place import DATABASE, METRICS_OFFSET, STATEFUL, TEMPLATES, address
 
 
 def quoted(text: str) -> str:
     """Makes a text fit between the quotes of a TOML string, which are those of JSON."""
     return json.dumps(text, ensure_ascii=False)[1:-1]
-
-
-def worker_names(options: Options) -> list[str]:
-    """Names of the worker processes."""
-    return [f"worker-{number}" for number in range(1, options.workers + 1)]
 
 
 def render(options: Options, model: ServedModel, socket: Path) -> dict[str, Path]:
@@ -33,8 +28,10 @@ def render(options: Options, model: ServedModel, socket: Path) -> dict[str, Path
         socket: directory of PostgreSQL's socket.
     """
     values = _values(options, socket)
-    texts = {name: _fill(name, values) for name in SERVICES if name != "worker"}
-    for name in worker_names(options):
+    texts = {name: _fill(name, values) for name in STATEFUL}
+    for name in options.gateway_names:
+        texts[name] = _fill("gateway", values | _gateway_values(name, options))
+    for name in options.worker_names:
         texts[name] = _fill("worker", values | _worker_values(name, options, model))
     files = {name: options.state.config / f"{name}.toml" for name in texts}
     for name, text in texts.items():
@@ -48,12 +45,14 @@ def with_settings(text: str, process: str, settings: Mapping[str, str]) -> str:
     Args:
         text: TOML, a key on a line.
         process: name of the process; settings of other services are left out.
-        settings: TOML values by "section.key".
+        settings: TOML values by "section.key", or "process:section.key".
     """
     lines = text.splitlines()
     for name, value in settings.items():
-        section, _, key = name.rpartition(".")
-        if section.partition(".")[0] != process.partition("-")[0]:
+        target, _, path = name.rpartition(":")
+        section, _, key = path.rpartition(".")
+        is_meant = section.partition(".")[0] == process.partition("-")[0]
+        if target != process if target else not is_meant:
             continue
         header = f"[{section}]"
         if header not in lines:
@@ -71,16 +70,24 @@ def with_settings(text: str, process: str, settings: Mapping[str, str]) -> str:
 def _values(options: Options, socket: Path) -> dict[str, str]:
     values = {
         "secrets": quoted(str(options.state.secrets)),
-        "journal": quoted(str(options.state.journal)),
         "socket": quoted(quote(str(socket))),
         "database": DATABASE,
     }
-    for name in SERVICES:
-        if name != "worker":
-            port = options.ports.of(name)
-            values[name] = address(port)
-            values[f"{name}_metrics"] = address(port + METRICS_OFFSET)
+    for name in STATEFUL:
+        port = options.ports.of(name)
+        values[name] = address(port)
+        values[f"{name}_metrics"] = address(port + METRICS_OFFSET)
     return values
+
+
+def _gateway_values(name: str, options: Options) -> dict[str, str]:
+    port = options.ports.of_process(name)
+    return {
+        "listen": address(port),
+        "metrics_listen": address(port + METRICS_OFFSET),
+        "instance": f"g{name.partition('-')[2] or 1}",
+        "journal": quoted(str(options.state.journal_of(name))),
+    }
 
 
 def _worker_values(name: str, options: Options, model: ServedModel) -> dict[str, str]:

@@ -13,7 +13,6 @@ from tools.local.child import READY_TIMEOUT_S, Spec
 from tools.local.options import Options
 from tools.local.place import METRICS_OFFSET, STATEFUL
 from tools.local.probe import is_serving
-from tools.local.render import worker_names
 
 POSTGRES = "postgres"
 STOP_SIGNALS = {POSTGRES: signal.SIGINT}
@@ -46,10 +45,12 @@ def postgres_spec(cluster: Cluster) -> Spec:
 def service_spec(name: str, config: Path, options: Options) -> Spec:
     """A process of ours: "auth", "worker-1"."""
     is_slow = name.startswith("worker") and options.engine == "trtllm"
+    more = options.environments.get(name)
     module = f"services.{name.partition('-')[0]}"
     return Spec(
         name=name,
         argv=(sys.executable, "-m", module, "--config", str(config)),
+        env={**os.environ, **more} if more else None,  # noqa: TID251 - for a child
         is_ready=_serves(options.ports.of_process(name)),
         ready_timeout_s=options.start_timeout_s if is_slow else READY_TIMEOUT_S,
         final_exits=(os.EX_CONFIG,),
@@ -65,7 +66,7 @@ def _serves(port: int) -> Callable[[int], Awaitable[bool]]:
 
 def stages(options: Options) -> list[list[str]]:
     """Names of our own processes, those first that others need."""
-    return [list(STATEFUL), [*worker_names(options), "gateway"]]
+    return [list(STATEFUL), [*options.worker_names, *options.gateway_names]]
 
 
 def listeners(options: Options) -> dict[int, str]:

@@ -14,12 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from libs.postgres import cluster
-from tools.local.place import METRICS_OFFSET, ROOT, State
+from tools.local.place import METRICS_OFFSET, PORTS_SPAN, ROOT, Ports, State
 
 START_S = 150.0
 STOP_S = 150.0
-PORTS_SPAN = 16
-"""Ports of a suite, from its base on."""
 # Below the range from which systems take the numbers of outgoing connections.
 _BASES = range(20_000, 31_000, PORTS_SPAN)
 _BASE_ATTEMPTS = 100
@@ -35,6 +33,7 @@ def temporary_suite(
     *,
     start_timeout_s: float = START_S,
     environment: Mapping[str, str] | None = None,
+    ports: Ports | None = None,
 ) -> Iterator[State]:
     """Runs a suite until the block is left.
 
@@ -42,6 +41,7 @@ def temporary_suite(
         flags: of `make run`.
         start_timeout_s: longest time until it is ready.
         environment: more variables for its processes.
+        ports: of its own; without them they are chosen.
 
     Raises:
         SuiteFailure: it did not start.
@@ -50,7 +50,9 @@ def temporary_suite(
     state = State(root)
     try:
         arguments = ["--state", str(root), *flags, "--detach"]
-        done = _tool("tools.up", arguments, start_timeout_s, environment or {})
+        base = (ports or free_ports()).base
+        variables = {**(environment or {}), "MAAS_PORT_BASE": str(base)}
+        done = _tool("tools.up", arguments, start_timeout_s, variables)
         if done.returncode != 0:
             raise SuiteFailure(f"{done.stdout}{done.stderr}")
         yield state
@@ -69,11 +71,7 @@ def _tool(
     return subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
-        env={
-            **os.environ,  # noqa: TID251 - for a child
-            **environment,
-            "MAAS_PORT_BASE": str(_free_port_base()),
-        },
+        env={**os.environ, **environment},  # noqa: TID251 - for a child
         capture_output=True,
         text=True,
         check=False,
@@ -81,8 +79,8 @@ def _tool(
     )
 
 
-def _free_port_base() -> int:
-    """A base from which on all ports are free just now.
+def free_ports() -> Ports:
+    """Ports that are free just now.
 
     Raises:
         SuiteFailure: none was found.
@@ -92,7 +90,7 @@ def _free_port_base() -> int:
         if all(
             _is_free(base + n) and _is_free(base + n + METRICS_OFFSET) for n in range(PORTS_SPAN)
         ):
-            return base
+            return Ports(base)
     raise SuiteFailure("no free ports between 20000 and 31000")
 
 

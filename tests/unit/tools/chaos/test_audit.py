@@ -6,7 +6,18 @@ import dataclasses
 
 import pytest
 
-from tools.chaos.audit import BURST_S, OVER_MAX, Attempt, End, Halt, Kind, Record, audit, quantile
+from tools.chaos.audit import (
+    BURST_S,
+    OVER_MAX,
+    TOKENS_PER_S,
+    Attempt,
+    End,
+    Halt,
+    Kind,
+    Record,
+    audit,
+    quantile,
+)
 
 RECORD = Record(
     generation_id="gen_1",
@@ -92,20 +103,34 @@ def test_interrupted_stream_is_counted_a_little_too_much_at_most(
 
 
 @pytest.mark.parametrize(
-    ("halt", "is_right"),
-    [(Halt(5.0, 11.0), True), (Halt(0.0, 10.0 - BURST_S), True), (Halt(21.0, 22.0), False)],
+    ("halt", "shared_s"),
+    [
+        (Halt(18.0, 20.5), 2.0),
+        (Halt(18.0, 20.5, "gateway-2"), 2.0),
+        (Halt(18.0, 20.5, "gateway"), 0.0),
+        (Halt(10.0, 20.0 - BURST_S), 9.0),
+        (Halt(10.0, 19.9 - BURST_S), 0.0),
+        (Halt(21.0, 22.0), 0.0),
+    ],
 )
-def test_stream_around_a_halt_may_be_left_with_what_had_piled_up(
-    halt: Halt, *, is_right: bool
+@pytest.mark.parametrize("is_away", [False, True])
+def test_only_who_was_kept_from_reading_may_miss_what_had_piled_up(
+    halt: Halt, shared_s: float, *, is_away: bool
 ) -> None:
-    attempt = attempt_of(End.LEFT, received=1)
-    attempt.start_s, attempt.end_s = 10.0, 20.0
-    attempts, records = big(1)
+    halt = dataclasses.replace(halt, is_away=is_away)
+    over_max = OVER_MAX + (int(TOKENS_PER_S * shared_s) if is_away else 0)
+    for over, is_right in ((over_max, True), (over_max + 1, False)):
+        attempt = attempt_of(End.LEFT, received=1000 - over)
+        attempt.start_s, attempt.end_s, attempt.gateway = 10.0, 20.0, "gateway-2"
+        attempts, records = big(9)
+        counted = dataclasses.replace(RECORD, output_tokens=1000)
 
-    found = audit([attempt, *attempts], [RECORD, *records], [halt])
+        found = audit([attempt, *attempts], [counted, *records], [halt])
 
-    assert (found.faults == []) == is_right
-    assert found.halted_over == ([99] if halt.has_met(attempt) else [])
+        assert (found.faults == []) == is_right
+        assert found.halted_over == ([over] if shared_s and not is_away else [])
+        assert found.away_over == ([over] if shared_s and is_away else [])
+        assert found.over == ([] if shared_s and is_away else [over])
 
 
 def test_nobody_is_counted_less_than_was_received() -> None:
@@ -138,6 +163,21 @@ def test_record_of_an_answer_that_never_came_is_found_by_its_request() -> None:
     (fault,) = faults([attempt], [RECORD])
 
     assert "its client received 0" in fault
+
+
+def test_repeat_that_got_it_all_makes_up_for_the_call_that_was_cut() -> None:
+    cut, again = attempt_of(End.CUT, received=1), attempt_of(End.CLEAN)
+    refused = attempt_of(End.REFUSED, received=0, generation_id="")
+
+    assert faults([cut, refused, again], [RECORD]) == []
+
+
+def test_of_calls_that_were_all_cut_the_one_that_got_most_counts() -> None:
+    cut, again = attempt_of(End.CUT, received=1), attempt_of(End.CUT, received=100 - OVER_MAX - 1)
+
+    (fault,) = faults([again, cut], [RECORD])
+
+    assert f"its client received {again.received}" in fault
 
 
 def test_record_that_nobody_asked_for_is_found() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tools.local import options
-from tools.local.place import Ports
+from tools.local.place import PORTS_SPAN, Ports
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +34,16 @@ def test_ports_follow_from_one_number(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [ports.of_process(name) for name in names] == list(range(20000, 20007))
 
 
+def test_no_two_processes_of_the_largest_suite_share_a_port() -> None:
+    got = options.parse(["--engine", "sim", "--workers", "16", "--gateways", "8"])
+    names = ["catalog", "auth", "billing", "scheduler", *got.worker_names, *got.gateway_names]
+
+    ports = {got.ports.of_process(name) for name in names}
+
+    assert len(ports) == len(names)
+    assert max(ports) < got.ports.base + PORTS_SPAN
+
+
 @pytest.mark.parametrize("text", ["http", "-1", "80", "65000", "2e4"])
 def test_bad_port_base_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("MAAS_PORT_BASE", text)
@@ -49,13 +59,18 @@ def test_bad_port_base_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) ->
         (["--engine", "sim", "--model", "x.gguf"], "simulated engine"),
         (["--workers", "0"], "--workers"),
         (["--workers", "17"], "--workers"),
+        (["--gateways", "0"], "--gateways"),
+        (["--gateways", "9"], "--gateways"),
         (["--capacity", "0"], "--capacity"),
         (["--flat-out"], "simulated engine"),
         (["--step", "20ms"], "simulated engine"),
         (["--engine", "sim", "--step", "20"], "--step"),
         (["--engine", "sim", "--step", "20ms", "--flat-out"], "drop one"),
         (["--set", "gateway.slice_idle"], "SECTION.KEY=VALUE"),
-        (["--set", "billing.lease=1s"], "SECTION.KEY=VALUE"),
+        (["--set", "peers.billing=1"], "SECTION.KEY=VALUE"),
+        (["--set", "gateway-2:peers.billing=1"], "no process gateway-2"),
+        (["--env", "gateway-2:A=1"], "no process gateway-2"),
+        (["--env", "A=1"], "PROCESS:NAME=VALUE"),
         (["--engine", "trtllm"], "needs MODEL="),
         (["--engine", "trtllm", "--model", "/nowhere"], "no config.json"),
     ],
@@ -78,6 +93,12 @@ def test_truth_is_no_text() -> None:
     got = options.parse(["--set", "worker.trtllm.kv_cache.reuse=false", "--set", "worker.name=w"])
 
     assert got.settings == {"worker.trtllm.kv_cache.reuse": "false", "worker.name": '"w"'}
+
+
+def test_variables_are_of_one_process() -> None:
+    got = options.parse(["--env", "gateway:A=1", "--env", "gateway:B=", "--env", "worker-1:A=x=y"])
+
+    assert got.environments == {"gateway": {"A": "1", "B": ""}, "worker-1": {"A": "x=y"}}
 
 
 def test_missing_own_model_names_the_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,13 +64,15 @@ def asked(tmp_path: Path) -> options.Options:
     state = State(root)
     state.prepare()
     credential.create(state)
-    return dataclasses.replace(options.parse(["--engine", "sim"]), state=state, workers=2)
+    found = options.parse(["--engine", "sim", "--workers", "2", "--gateways", "2"])
+    return dataclasses.replace(found, state=state)
 
 
 def test_every_file_is_what_its_service_reads(asked: options.Options) -> None:
     files = render.render(asked, SIMULATED, Path("/tmp/with space"))  # noqa: S108 - not used
 
-    assert sorted(files) == sorted({*SERVICES, "worker-1", "worker-2"} - {"worker"})
+    processes = {*SERVICES, "worker-1", "worker-2", "gateway-2"} - {"worker"}
+    assert sorted(files) == sorted(processes)
     for name, path in files.items():
         loaded = config.load(config_class(name.partition("-")[0]), path)
         assert config.read_secret(loaded.identity.token_file).startswith("ms_")
@@ -131,6 +133,30 @@ def test_settings_reach_their_process_and_replace_what_is_there(asked: options.O
         assert worker["max_waiting"] == 4096
         assert worker["sim"] == {"decode_base": "20ms", "decode_per_lane": "0ms"}
         config.load(config_class("worker"), files[name])
+
+
+def test_setting_of_one_process_leaves_the_others_alone(asked: options.Options) -> None:
+    settings = {"gateway-2:peers.billing": '"127.0.0.1:7"', "billing.lease_duration": '"8s"'}
+    asked = dataclasses.replace(asked, settings=settings)
+
+    files = render.render(asked, SIMULATED, Path("/tmp/s"))  # noqa: S108 - not used
+
+    first, second = (tomllib.loads(files[name].read_text()) for name in ("gateway", "gateway-2"))
+    assert second["peers"] == {**first["peers"], "billing": "127.0.0.1:7"}
+    assert tomllib.loads(files["billing"].read_text())["billing"]["lease_duration"] == "8s"
+
+
+def test_gateways_have_nothing_of_their_own_in_common(asked: options.Options) -> None:
+    files = render.render(asked, SIMULATED, Path("/tmp/s"))  # noqa: S108 - not used
+
+    first, second = (tomllib.loads(files[name].read_text()) for name in ("gateway", "gateway-2"))
+    for section, key in (
+        ("server", "listen"),
+        ("server", "metrics_listen"),
+        ("gateway", "instance"),
+        ("gateway", "journal_dir"),
+    ):
+        assert first[section][key] != second[section][key]
 
 
 def internal_methods(service: ServiceDescriptor) -> list[str]:
