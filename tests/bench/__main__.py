@@ -1,6 +1,6 @@
 """What the suite costs, each figure beside its floor in the same run: `make bench`.
 
-    make bench                              everything; about ten minutes
+    make bench                              everything; about twenty minutes
     make bench ARGS="--only paced"          one measurement; may be repeated
     make bench ARGS=--quick                 all of them, too short for figures: a smoke test
 
@@ -17,7 +17,17 @@ import sys
 import time
 from typing import Protocol
 
-from tests.bench import cpu_engine, memory, requests, streams, targets
+from tests.bench import (
+    admission,
+    cpu_engine,
+    memory,
+    money_lag,
+    money_metering,
+    requests,
+    settlement,
+    streams,
+    targets,
+)
 from tests.bench.targets import BenchError
 
 
@@ -38,6 +48,10 @@ MEASURES: dict[str, Measure] = {
     "single": requests.single,
     "memory": memory.memory,
     "cpu-engine": cpu_engine.cpu_engine,
+    "admission": admission.admission,
+    "metering": money_metering.metering,
+    "settlement": settlement.settlement,
+    "lag": money_lag.lag,
 }
 
 

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 # A server of the suite allows 128 on one connection.
 STREAMS_PER_CHANNEL = 64
 WARM_TOKENS = 32
-# Requests in flight that connections are made for, when arrivals are not bound to callers.
-ARRIVALS_AT_ONCE = 64
 ENDLESS_TOKENS = 8000
 BEGIN_TIMEOUT_S = 60.0
 
@@ -258,7 +256,7 @@ async def main(arguments: list[str]) -> None:
     """Warms up, says so, measures, prints."""
     endpoint, api_key, model, text = arguments
     load = Load(**json.loads(text))
-    at_once = load.count + (ARRIVALS_AT_ONCE if load.kind == "arrivals" else 0)
+    at_once = load.count + (load.at_once if load.kind == "arrivals" else 0)
     client = Client(endpoint, api_key, model, at_once)
     warming = Load(kind="streams", count=at_once, tokens=min(load.tokens, WARM_TOKENS))
     await run_streams(client, warming)

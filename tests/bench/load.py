@@ -34,6 +34,7 @@ class Load:
         seed: of the arrivals' moments.
         seconds: that streams are watched "together".
         top_logprobs: alternatives with each token's log-probability; None for no scores.
+        at_once: arrivals in flight that connections are made for; as many streams warm it up.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Load:
     seed: int = 0
     seconds: float = 0.0
     top_logprobs: int | None = None
+    at_once: int = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
