@@ -171,7 +171,7 @@ class Settler:
         until = self._taken + len(self._queue)
         while self._taken < until:
             await self._settle_batch(self._queue[: min(BATCH_MAX, until - self._taken)])
-        if self._clock.monotonic_s() >= self._renew_at_s and self._book.open_ids():
+        if self._is_renewal_due() and self._book.open_ids():
             await self._settle_batch([])
 
     async def finish(self) -> None:
@@ -187,23 +187,33 @@ class Settler:
             return False
 
     async def _settle_batch(self, batch: list[Settlement]) -> None:
-        slice_ids = self._book.open_ids()
-        await self._settle_and_renew(batch, slice_ids[:RENEW_MAX])
+        # Each slice that is named costs billing a row: not with every batch, only when it is due.
+        slice_ids = self._book.open_ids() if self._is_renewal_due() else []
+        asked_at_s = self._clock.monotonic_s()
+        lease_s = await self._settle_and_renew(batch, slice_ids[:RENEW_MAX])
         for start in range(RENEW_MAX, len(slice_ids), RENEW_MAX):
-            await self._settle_and_renew([], slice_ids[start : start + RENEW_MAX])
+            lease_s = await self._settle_and_renew([], slice_ids[start : start + RENEW_MAX])
+        if slice_ids and lease_s is not None:
+            self._renew_at_s = asked_at_s + lease_s / RENEWALS
 
-    async def _settle_and_renew(self, batch: list[Settlement], slice_ids: list[str]) -> None:
+    def _is_renewal_due(self) -> bool:
+        return self._clock.monotonic_s() >= self._renew_at_s
+
+    async def _settle_and_renew(
+        self, batch: list[Settlement], slice_ids: list[str]
+    ) -> float | None:
+        """Returns the seconds of a renewed lease; None where billing has refused the batch."""
         asked_at_s = self._clock.monotonic_s()
         try:
             settled = await self._settle(batch, slice_ids)
         except InvalidArgument as error:
             await self._isolate(batch, error)
-            return
+            return None
         failpoints.hit(failpoints.Point.SETTLE_ANSWERED)
-        self._renew_at_s = asked_at_s + settled.lease_s / RENEWALS
         self._book.renewed(slice_ids, asked_at_s, settled.lease_s)
         self._book.lost(settled.lost_slice_ids)
         self._acknowledge(batch)
+        return settled.lease_s
 
     def _acknowledge(self, batch: list[Settlement]) -> None:
         ordinals = [item.ordinal for item in batch if item.ordinal is not None]

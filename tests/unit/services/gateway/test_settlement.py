@@ -165,6 +165,48 @@ async def test_leases_are_renewed_with_and_without_settlements(world: World) -> 
     assert world.billing.renewed == [["s1"], ["s1"]]
 
 
+async def test_slices_are_named_when_their_renewal_is_due_and_not_with_every_batch(
+    world: World,
+) -> None:
+    await world.book.reserve(Purse("accounts/dev"), 10)
+    for number in range(3):
+        world.put(number)
+        await world.settler.flush()
+        world.clock.advance(7)
+
+    assert world.billing.settled == ["g0", "g1", "g2"]
+    assert world.billing.renewed == [["s1"], [], []]
+    world.put(3)
+    await world.settler.flush()
+    assert world.billing.renewed == [["s1"], [], [], ["s1"]]
+
+
+async def test_slices_are_named_again_where_a_part_of_them_was_not_renewed(world: World) -> None:
+    for number in range(RENEW_CONTRACT_MAX + 1):
+        await world.book.reserve(Purse(f"accounts/a{number}"), 1)
+    settle = world.billing.settle
+
+    async def once(settlements: list[Settlement], renew: list[str]) -> Settled:
+        world.billing.is_away = True
+        return await settle(settlements, renew)
+
+    async def first(settlements: list[Settlement], renew: list[str]) -> Settled:
+        settled = await settle(settlements, renew)
+        world.settler._settle = once
+        return settled
+
+    world.settler._settle = first
+    with pytest.raises(Unavailable):
+        await world.settler.flush()
+    world.settler._settle = settle
+    world.billing.is_away = False
+
+    await world.settler.flush()
+
+    parts = [len(part) for part in world.billing.renewed]
+    assert parts == [RENEW_CONTRACT_MAX, RENEW_CONTRACT_MAX, 1]
+
+
 async def test_what_is_queued_is_found_by_its_key_until_billing_has_it(world: World) -> None:
     world.put(1, "r-1")
     world.put(2, "r-2", EndCause.ENGINE_FAILURE)
