@@ -8,7 +8,7 @@ from tests.bench import bare
 from tests.bench.load import Load, run
 from tests.bench.measure import added, middle, quantile
 from tests.bench.report import against, by_process, table
-from tests.bench.targets import floor, suite
+from tests.bench.targets import floor, suite, two_hops
 
 CALLERS = 16
 SINGLE_AIM = 2.7
@@ -25,29 +25,29 @@ def single(repeats: int, *, is_quick: bool) -> None:
     requests = 200 if is_quick else 2000
     load = Load(kind="callers", count=CALLERS, tokens=1, requests=requests)
     flags = ["--engine=sim", f"--capacity={CAPACITY}", "--flat-out"]
-    with floor(0) as server, suite(flags) as whole:
-        runs = [(run(server, load), run(whole, load)) for _ in range(repeats)]
-    floor_run = middle([item for item, _ in runs], lambda item: item.total_s)
-    suite_run = middle([item for _, item in runs], lambda item: item.total_s)
-    floor_us, suite_us = (item.total_s / requests * 1e6 for item in (floor_run, suite_run))
-    rate = quantile([requests / item.result.seconds for _, item in runs], 0.5)
-    floor_rate = quantile([requests / item.result.seconds for item, _ in runs], 0.5)
-    share = suite_us / floor_us
+    with floor(0) as server, two_hops() as shape, suite(flags) as whole:
+        rounds = [[run(target, load) for target in (server, shape, whole)] for _ in range(repeats)]
+    names = ("grpc.aio server", "two bare hops", "suite")
+    # By target instead of by round.
+    by_target = [[item[place] for item in rounds] for place in range(len(names))]
+    middles = [middle(runs, lambda item: item.total_s) for runs in by_target]
+    floor_s = middles[0].total_s
     table(
         f"Requests with one output token, {CALLERS} callers",
         ["", "us/request", "share of floor", "aim", "requests/s"],
         [
-            ["grpc.aio server", f"{floor_us:.0f}", "1.00", "", f"{floor_rate:,.0f}"],
             [
-                "suite",
-                f"{suite_us:.0f}",
-                f"{share:.2f}",
-                against(share, SINGLE_AIM),
-                f"{rate:,.0f}",
-            ],
+                name,
+                f"{one.total_s / requests * 1e6:.0f}",
+                f"{one.total_s / floor_s:.2f}",
+                against(one.total_s / floor_s, SINGLE_AIM) if name == "suite" else "",
+                f"{quantile([requests / item.result.seconds for item in runs], 0.5):,.0f}",
+            ]
+            for name, one, runs in zip(names, middles, by_target, strict=True)
         ],
     )
-    by_process("CPU us per request by process", {"suite": suite_run.us_per(requests)})
+    columns = {name: one.us_per(requests) for name, one in zip(names, middles, strict=True)}
+    by_process("CPU us per request by process", columns)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +87,9 @@ def first_token(repeats: int, *, is_quick: bool) -> None:
             aims_ms={0.5: 3.0},
         ),
     ]
+    requests = 40 if is_quick else 200
     for situation in situations:
-        _measure(situation, repeats, 40 if is_quick else 200)
+        _measure(situation, repeats, requests)
     rows = [
         [
             situation.name,
@@ -103,6 +104,7 @@ def first_token(repeats: int, *, is_quick: bool) -> None:
         for situation in situations
         for share in (0.5, 0.99)
     ]
+    rows += _shapes(repeats, requests)
     count = len(situations[0].suite_s)
     table(
         f"Time to the first token over the bare engine, {count} requests each",
@@ -115,6 +117,21 @@ def first_token(repeats: int, *, is_quick: bool) -> None:
     print("  the same costs, the same other work and the same moments of arrival, in turn")
 
 
+def _shapes(repeats: int, requests: int) -> list[list[str]]:
+    """Measures servers without an engine: what transport alone adds, once and in two hops."""
+    with floor(0) as server, two_hops() as shape:
+        found: dict[str, list[float]] = {"a grpc.aio server": [], "two bare hops": []}
+        for repeat in range(repeats):
+            for target, first_s in zip((server, shape), found.values(), strict=True):
+                first_s.extend(run(target, _arrivals(0, requests, repeat)).result.first_token_s)
+    return [
+        [f"{name}, {PER_S:g} requests/s", f"p{share * 100:g}", "", "", ms, ""]
+        for name, first_s in found.items()
+        for share in (0.5, 0.99)
+        for ms in [f"{quantile(first_s, share) * 1e3:.2f} ms"]
+    ]
+
+
 def _added_ms(situation: Situation, share: float) -> float:
     return added(situation.suite_s, situation.bare_s, share) * 1e3
 
@@ -125,14 +142,18 @@ def _measure(situation: Situation, repeats: int, requests: int) -> None:
         flags.append(f"--step={situation.step_s * 1000:g}ms")
     with suite(flags) as whole:
         for repeat in range(repeats):
-            load = Load(
-                kind="arrivals",
-                count=situation.streams,
-                tokens=TOKENS,
-                requests=requests,
-                per_s=PER_S,
-                seed=SEED + repeat,
-            )
+            load = _arrivals(situation.streams, requests, repeat)
             spec = bare.Spec(model=None, capacity=CAPACITY, step_s=situation.step_s, load=load)
             situation.bare_s.extend(bare.measure(spec).first_token_s)
             situation.suite_s.extend(run(whole, load).result.first_token_s)
+
+
+def _arrivals(streams: int, requests: int, repeat: int) -> Load:
+    return Load(
+        kind="arrivals",
+        count=streams,
+        tokens=TOKENS,
+        requests=requests,
+        per_s=PER_S,
+        seed=SEED + repeat,
+    )

@@ -82,17 +82,42 @@ def alone() -> socket.socket:
 @contextmanager
 def floor(interval_s: float) -> Iterator[Target]:
     """Runs the floor's server."""
-    command = [sys.executable, "-m", "tests.bench.floor", str(interval_s)]
+    with _server("tests.bench.floor", str(interval_s)) as (port, pid):
+        yield Target("floor", f"127.0.0.1:{port}", "none", "none", {"floor": [pid]})
+
+
+@contextmanager
+def two_hops() -> Iterator[Target]:
+    """Runs the two bare servers of the suite's shape."""
+    with (
+        _server("tests.bench.two_hops", "worker") as (worker_port, worker_pid),
+        _server("tests.bench.two_hops", "gateway", worker_port) as (port, pid),
+    ):
+        pids = {"gateway": [pid], "worker": [worker_pid]}
+        yield Target("two hops", f"127.0.0.1:{port}", "none", "none", pids)
+
+
+@contextmanager
+def _server(module: str, *arguments: str) -> Iterator[tuple[str, int]]:
+    """Runs a server that prints its port; gives that and its process id.
+
+    Raises:
+        BenchError: it did not start.
+    """
     with subprocess.Popen(
-        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         port = process.stdout.readline().strip()
         if not port:
-            raise BenchError("the floor's server did not start")
+            raise BenchError(f"{module} did not start")
         try:
-            yield Target("floor", f"127.0.0.1:{port}", "none", "none", {"floor": [process.pid]})
+            yield port, process.pid
         finally:
             process.stdin.close()
             _end(process)
