@@ -93,7 +93,7 @@ def two_hops() -> Iterator[Target]:
         _server("tests.bench.two_hops", "worker") as (worker_port, worker_pid),
         _server("tests.bench.two_hops", "gateway", worker_port) as (port, pid),
     ):
-        pids = {"gateway": [pid], "worker": [worker_pid]}
+        pids = {"gateway": [pid], "worker-1": [worker_pid]}
         yield Target("two hops", f"127.0.0.1:{port}", "none", "none", pids)
 
 
