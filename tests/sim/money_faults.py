@@ -46,7 +46,7 @@ class Faults:
         power_losses: likewise.
         full_disks: likewise.
         worker_deaths: times.
-        longest_s: the longest time that a gateway or billing could do nothing.
+        longest_s: the longest time in which a gateway or billing could do nothing, or hear nothing.
         unsure_until_s: until then places may be lent twice.
     """
 
@@ -182,6 +182,9 @@ class Faults:
         self._unsure(lasts_s)
         gateway.line.loss = self._world.rng.choice((0.1, 0.3, 0.4))
         gateway.line.slow = self._world.rng.choice((0.0, 0.1))
+        if gateway.line.slow:
+            # Tries that are lost or slow, one behind the other, may outlast a lease and its grace.
+            self.longest_s = max(self.longest_s, lasts_s)
         self._world.after(lasts_s, gateway.line.heal)
 
     def _billing_away(self, _: SimGateway, lasts_s: float) -> None:
