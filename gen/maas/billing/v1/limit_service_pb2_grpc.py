@@ -82,7 +82,8 @@ class LimitServiceServicer(object):
 
     def CreateLimit(self, request, context):
         """Creates a limit. Repeating with equal content returns it; with other content it
-        is ALREADY_EXISTS.
+        is ALREADY_EXISTS. A spend limit counts the records of its window first: some
+        seconds for each million.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

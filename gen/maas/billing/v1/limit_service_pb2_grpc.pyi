@@ -38,7 +38,8 @@ class LimitServiceStub:
     def __new__(cls, channel: _aio.Channel) -> LimitServiceAsyncStub: ...
     CreateLimit: _grpc.UnaryUnaryMultiCallable[_limit_service_pb2.CreateLimitRequest, _limit_service_pb2.CreateLimitResponse]
     """Creates a limit. Repeating with equal content returns it; with other content it
-    is ALREADY_EXISTS.
+    is ALREADY_EXISTS. A spend limit counts the records of its window first: some
+    seconds for each million.
     """
     UpdateLimit: _grpc.UnaryUnaryMultiCallable[_limit_service_pb2.UpdateLimitRequest, _limit_service_pb2.UpdateLimitResponse]
     """Replaces what a limit allows; its scope and kind never change."""
@@ -67,7 +68,8 @@ class LimitServiceAsyncStub(LimitServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateLimit: _aio.UnaryUnaryMultiCallable[_limit_service_pb2.CreateLimitRequest, _limit_service_pb2.CreateLimitResponse]  # type: ignore[assignment]
     """Creates a limit. Repeating with equal content returns it; with other content it
-    is ALREADY_EXISTS.
+    is ALREADY_EXISTS. A spend limit counts the records of its window first: some
+    seconds for each million.
     """
     UpdateLimit: _aio.UnaryUnaryMultiCallable[_limit_service_pb2.UpdateLimitRequest, _limit_service_pb2.UpdateLimitResponse]  # type: ignore[assignment]
     """Replaces what a limit allows; its scope and kind never change."""
@@ -99,7 +101,8 @@ class LimitServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_limit_service_pb2.CreateLimitResponse, _abc.Awaitable[_limit_service_pb2.CreateLimitResponse]]:
         """Creates a limit. Repeating with equal content returns it; with other content it
-        is ALREADY_EXISTS.
+        is ALREADY_EXISTS. A spend limit counts the records of its window first: some
+        seconds for each million.
         """
 
     @_abc_1.abstractmethod

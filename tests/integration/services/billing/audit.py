@@ -167,3 +167,17 @@ async def audit(connection: Connection) -> None:
     for rule, statement in BROKEN.items():
         rows = [dict(row) for row in await connection.fetch(statement)]
         assert not rows, f"broken: {rule}: {rows[:5]}"
+
+
+async def count_waiting(connection: Connection) -> int:
+    """Counts who waits for a lock of somebody else, in this database."""
+    return int(
+        await connection.fetchval(
+            """
+            SELECT count(*)
+              FROM pg_stat_activity
+             WHERE datname = current_database()
+               AND wait_event_type = 'Lock'
+            """
+        )
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from datetime import UTC, datetime, timedelta
 
+import asyncpg
 import pytest
 from maas.billing.v1 import account_service_pb2 as account_pb
 from maas.billing.v1 import limit_service_pb2 as limit_pb
@@ -12,6 +13,7 @@ from maas.billing.v1 import limit_service_pb2 as limit_pb
 from libs.errors import Reason
 from services.billing.limits import Limit, Scope, ScopeKind, Span, SpendLimit
 from services.billing.store.opening import count_spent
+from tests.integration.services.billing.audit import count_waiting
 from tests.integration.services.billing.limiting import (
     acquire,
     alerts,
@@ -25,7 +27,7 @@ from tests.integration.services.billing.limiting import (
     used,
 )
 from tests.integration.services.billing.signing import reconcile
-from tests.integration.services.billing.world import Billing, settlement
+from tests.integration.services.billing.world import GRACE_S, LEASE_S, Billing, settlement
 
 MONTH = limit_pb.SPEND_WINDOW_MONTH
 # The day that only leap years have, far enough ahead for clocks that only go forward.
@@ -241,6 +243,74 @@ async def test_lowered_limit_tells_at_once_what_it_crossed(billing: Billing) -> 
     await charge(billing, "gen_1", 1)
 
     assert await alerts(billing) == [("limits/cap", 80, 34)]
+
+
+async def test_lowered_limit_tells_nothing_of_windows_that_are_over(billing: Billing) -> None:
+    await with_history(billing)
+    await create(billing, spend(1000, alerts=(80,)))
+    await charge(billing, "gen_1", 100)
+    await set_all_clocks(billing, NOON + timedelta(days=1))
+    await charge(billing, "gen_2", 20)
+
+    await update(billing, spend(25, alerts=(80,), name="limits/cap"))
+
+    assert await alerts(billing) == [("limits/cap", 80, 20)]
+
+
+async def test_alert_that_the_version_before_told_is_not_told_again(billing: Billing) -> None:
+    """It knew no span, and where it counted from was another place."""
+    await with_history(billing)
+    await create(billing, spend(100, alerts=(50, 80)))
+    await billing.connection.execute(
+        """
+        INSERT INTO spend_alert (
+            number, limit_id, account_id, percent, window_start, counted_after, spent, create_time
+        )
+        VALUES (7, 'cap', 'acme', 50, $1, 3, 50, $1)
+        """,
+        NOON.replace(hour=0),
+    )
+
+    await charge(billing, "gen_1", 60)
+
+    assert await alerts(billing) == [("limits/cap", 50, 50), ("limits/cap", 80, 94)]
+
+
+async def test_slice_whose_lease_ran_out_is_held_until_the_grace_is_over(billing: Billing) -> None:
+    await with_history(billing)
+    await acquire(billing, "s1", 50)
+    await billing.pass_lease_time(LEASE_S + 1)
+    await billing.sweep()
+
+    await create(billing, spend(100))
+
+    assert await used(billing) == (34, 50)
+    await billing.pass_lease_time(GRACE_S + 1)
+    await billing.sweep()
+    assert await used(billing) == (34, 0)
+    await all_holds(billing)
+
+
+async def test_limit_that_may_tell_alerts_waits_for_who_numbers_them(billing: Billing) -> None:
+    """Numbers are given under the lock of the head, whichever account they are of."""
+    await with_history(billing)
+    await create(billing, spend(1000, alerts=(80,)), "changed")
+    settling = await asyncpg.connect(billing.dsn, server_settings={"search_path": "billing"})
+    async with settling.transaction():
+        await settling.execute("SELECT FROM ledger_head FOR UPDATE")
+        beginning = [
+            asyncio.create_task(create(billing, spend(34, alerts=(50,)), "new")),
+            asyncio.create_task(update(billing, spend(34, alerts=(50,), name="limits/changed"))),
+        ]
+        while await count_waiting(billing.connection) < len(beginning):
+            assert not any(task.done() for task in beginning)
+        await settling.execute(
+            "INSERT INTO spend_alert VALUES (1, 'theirs', 'other', 50, now(), 0, 1, now(), 'day')"
+        )
+    await settling.close()
+    await asyncio.gather(*beginning)
+
+    assert sorted(await alerts(billing)) == [("limits/changed", 50, 34), ("limits/new", 50, 34)]
 
 
 async def test_nothing_is_lost_or_doubled_by_charges_of_the_same_moment(billing: Billing) -> None:

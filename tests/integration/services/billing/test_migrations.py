@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from libs.config import PostgresSection
 from services.billing.__main__ import MIGRATIONS
 from tests.conftest import PostgresCluster
 from tests.integration.services.billing import signing
-from tests.integration.services.billing.audit import Connection, audit
+from tests.integration.services.billing.audit import Connection, audit, count_waiting
 from tests.integration.services.billing.world import Billing, running, settlement
 
 # One generation of 120 nanos, settled by the version before.
@@ -122,6 +123,29 @@ async def test_version_before_goes_on_writing_after_the_migration(
         ("gen_1", ""),
         ("gen_2", ""),
     ]
+
+
+@pytest.mark.parametrize(
+    "first", ["SELECT FROM credit_grant", "UPDATE credit_grant SET remaining = 0"]
+)
+async def test_settlement_of_the_version_before_is_no_victim_of_the_migration(
+    old_dsn: str, connection: Connection, tmp_path: Path, first: str
+) -> None:
+    """It takes its locks while grants and alerts change: the migration waits for it."""
+    for path in sorted(MIGRATIONS.glob("000[2-7]_*.sql")):
+        shutil.copy(path, tmp_path)
+    await migrate(old_dsn, tmp_path)
+    watcher = await asyncpg.connect(old_dsn, server_settings={"search_path": "billing"})
+    async with connection.transaction():
+        await connection.execute(first)
+        migrating = asyncio.create_task(migrate(old_dsn, MIGRATIONS))
+        while not await count_waiting(watcher):
+            assert not migrating.done()
+        await connection.execute("UPDATE credit_grant SET remaining = 0")
+        await connection.execute("DELETE FROM spend_alert")
+
+    assert await migrating == len(list(MIGRATIONS.glob("*.sql"))) - 7
+    await watcher.close()
 
 
 async def test_balance_from_before_is_one_grant_that_does_not_expire(
