@@ -28,9 +28,18 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def left_behind(options: Options) -> list[str]:
+    """Names gateways of an earlier start that are not run now, and have something to settle."""
+    journals = options.state.root.glob("gateway-*/journal/*.journal")
+    return sorted({file.parent.parent.name for file in journals} - {*options.gateway_names})
+
+
 async def run_here(options: Options) -> int:
     """Supervises the suite in this process; returns the exit code."""
     descriptor = options.ready_descriptor
+    if names := left_behind(options):
+        number = names[-1].rpartition("-")[2]
+        say(f"{', '.join(names)}: killed with something to settle; GATEWAYS={number} would do that")
 
     def when_ready() -> None:
         if descriptor is not None:

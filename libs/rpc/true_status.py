@@ -21,12 +21,20 @@ Response = TypeVar("Response")
 
 # Both come from the same end of the stream, one right behind the other.
 STATUS_WAIT_S = 1.0
+# Of the library, and not public: nothing that is comes before the made-up status.
+_CORE = "_cython_call"
+_NEEDED = ("receive_serialized_message", "send_serialized_message", "status")
 
 
 def keep_true_status(call: StreamStreamCall[Request, Response]) -> None:
-    """Has a call keep the status that the other side ends it with. Before its first write."""
-    core: Any = call
-    core._cython_call = _Core(core._cython_call)  # noqa: SLF001 - nothing public comes before the made-up status
+    """Has a call keep the status that the other side ends it with. Before its first write.
+
+    Where the library is made otherwise, the call stays as it is, with the status that it makes up.
+    """
+    outside: Any = call
+    core = getattr(outside, _CORE, None)
+    if all(hasattr(core, name) for name in _NEEDED):
+        setattr(outside, _CORE, _Core(core))
 
 
 class _Core:

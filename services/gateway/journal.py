@@ -87,7 +87,8 @@ class Journal:
         self._folder = folder
         self._lock = _lock(folder)
         self._earlier = sorted(folder.glob(f"*{_SUFFIX}"))
-        used = [*self._earlier, *folder.glob(f"*{_DAMAGED_SUFFIX}")]
+        # Copies that somebody made of them have names of their own.
+        used = [*self._earlier, *folder.glob(f"{8 * '[0-9]'}-*{_DAMAGED_SUFFIX}")]
         self._run = 1 + max((_run_of(path) for path in used), default=0)
         self._ordinal = 0
         self._number = 0

@@ -318,12 +318,7 @@ class Link:
 
     def lost(self) -> Unavailable:
         """Makes the error for a worker that does not answer."""
-        return Unavailable(
-            "the worker was lost",
-            reason=Reason.WORKER_LOST,
-            metadata={"worker": self.worker},
-            retry_after_s=1.0,
-        )
+        return worker_lost(self.worker)
 
 
 class LinkPool:
@@ -347,3 +342,13 @@ class LinkPool:
         """Retires the links to all but these workers and endpoints."""
         for key in [key for key in self._links if key not in workers]:
             self._links.pop(key).retire()
+
+
+def worker_lost(worker: str) -> Unavailable:
+    """Makes the error for a worker that is not there, or is not who was meant any more."""
+    return Unavailable(
+        "the worker was lost",
+        reason=Reason.WORKER_LOST,
+        metadata={"worker": worker},
+        retry_after_s=1.0,
+    )

@@ -20,7 +20,7 @@ from maas.inference.v1 import generation_pb2
 
 from libs.errors import DeadlineExceeded, MaasError, Reason
 from services.gateway.generation import new_sink
-from services.gateway.links import Link, LinkPool
+from services.gateway.links import Link, LinkPool, worker_lost
 from services.gateway.rich import AnySink
 from services.gateway.spares import Lease, Spare, Spares
 from services.gateway.tables import Workers, no_ready_worker
@@ -251,7 +251,7 @@ class Placer:
                 except MaasError as error:
                     if error.reason not in _TRY_ELSEWHERE:
                         raise
-                    search.last = self._for_caller(error, target)
+                    search.last = _for_caller(error, target.worker)
                     search.is_stale = error.reason in _SPARE_IS_STALE
                     search.exclude.append(target.worker)
                     continue
@@ -261,12 +261,6 @@ class Placer:
             if not is_used and slot.slot_id is not None:
                 self._release(slot.slot_id)
         return None
-
-    def _for_caller(self, error: MaasError, target: Target | Spare) -> MaasError:
-        """Turns what a worker and the scheduler have between them into a worker that was lost."""
-        if error.reason is not Reason.FENCED:
-            return error
-        return self._links.get(target.worker, target.endpoint).lost()
 
     async def _slot(self, wanted: Wanted, execution_id: str, exclude: list[str]) -> Slot:
         try:
@@ -322,6 +316,11 @@ class Placer:
             _abort(link, lanes, sink)
             raise
         return Placed(link=link, lanes=lanes, sink=sink, input_tokens=input_tokens)
+
+
+def _for_caller(error: MaasError, worker: str) -> MaasError:
+    """Turns what a worker and the scheduler have between them into a worker that was lost."""
+    return worker_lost(worker) if error.reason is Reason.FENCED else error
 
 
 def _abort(link: Link, lanes: Sequence[int], sink: AnySink) -> None:

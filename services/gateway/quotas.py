@@ -313,20 +313,19 @@ class Quotas:
             except MaasError as error:
                 log.info("quota not given back", cause=error.reason.value)
                 continue
-            for key in part:
-                share = self._shares.get(key)
-                if share is not None:
-                    # There may be room again.
-                    share.refused_until_s = 0.0
+            for share in filter(None, map(self._shares.get, part)):
+                # There may be room again.
+                share.refused_until_s = 0.0
 
     async def bring(self) -> None:
         """Fills and renews shares that run low or out, and what is used with them, in one call."""
         now_s = self._clock.monotonic_s()
         amounts = []
         while self._low:
-            share = self._share(key := self._low.pop())
+            share = self._shares[key := self._low.pop()]
             share.full = min(share.full, share.demand.recent(now_s))
-            if share.full:
+            # Once its lease is over it may have flowed back to billing: no new lease is for that.
+            if share.full and share.lease_until_s > now_s:
                 self.give_back({key: share.free - share.full})
                 share.free = min(share.free, share.full)
                 amounts.append(Amount(key=key, required=0, wanted=share.full - share.free))
@@ -343,7 +342,7 @@ class Quotas:
         at_hand: dict[Key, int] = {}
         missing: dict[Key, int] = {}
         for key, count in needed.items():
-            share = self._share(key)
+            share = self._shares[key]
             if share.lease_until_s <= now_s:
                 self.give_back({key: share.free})
                 share.free = 0
@@ -363,7 +362,7 @@ class Quotas:
                 raise
         now_s = self._clock.monotonic_s()
         for key, count in needed.items():
-            share = self._share(key)
+            share = self._shares[key]
             share.demand.note(count, now_s)
             if 2 * share.free < share.full or share.lease_until_s < now_s + 2 * SWEEP_S:
                 self._low.update(needed)
@@ -399,9 +398,13 @@ class Quotas:
 
     def _put(self, amounts: Sequence[Amount], taken: Taken, asked_at_s: float) -> None:
         """Adds what billing gave beyond what is required."""
+        if not taken.granted:
+            # The limit was lowered below what is taken of it.
+            self._shares[amounts[taken.refused].key].full = 0
+            return
         lease_until_s = asked_at_s + taken.lease_s - LEASE_MARGIN_S
         for amount, granted in zip(amounts, taken.granted, strict=True):
-            share = self._share(amount.key)
+            share = self._shares[amount.key]
             share.free += granted - amount.required
             share.lease_until_s = max(share.lease_until_s, lease_until_s)
             if granted < amount.wanted:
@@ -415,15 +418,12 @@ class Quotas:
         Raises:
             ResourceExhausted: always.
         """
-        share = self._share(amount.key)
+        share = self._shares[amount.key]
         now_s = self._clock.monotonic_s()
         share.refused = amount.required
         share.retry_at_s = now_s + retry_after_s + RETRY_MARGIN_S
         share.refused_until_s = min(share.retry_at_s, now_s + REFUSED_S)
         raise _reached(amount.key, share.retry_at_s - now_s)
-
-    def _share(self, key: Key) -> _Share:
-        return self._shares[key]
 
 
 def _needed(limits: Iterable[RateLimit], need: Need) -> dict[Key, int]:

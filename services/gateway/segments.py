@@ -64,10 +64,11 @@ def _body_at(data: bytes, position: int) -> bytes | None:
     if start >= len(data):
         return None
     length, checksum = HEADER.unpack_from(data, position)
-    body = data[start : start + min(length, RECORD_BYTES_MAX)]
-    if not body or len(body) != length or zlib.crc32(body) != checksum:
+    # Looked at before anything is copied: in a damaged segment nearly all lengths are chance.
+    if not 0 < length <= min(RECORD_BYTES_MAX, len(data) - start):
         return None
-    return body
+    body = data[start : start + length]
+    return body if zlib.crc32(body) == checksum else None
 
 
 def _next_whole(data: bytes, position: int) -> int | None:

@@ -8,7 +8,8 @@ in it. What can pile up is bounded by what the stream's executions may still say
 
 A row is never split on its way, and what piled up while the gateway or this process stood still is
 to reach clients in portions: messages behind a halt have rows of `ROW_TOKENS_MAX` tokens at most,
-until nothing is left. Without a halt messages follow one another, and a row is as long as it is.
+until nothing is left and nothing can still be on its way from the engine. Without a halt messages
+follow one another, and a row is as long as it is.
 
 Acceptances, ends and the first token of an execution are due at once, and everything pending leaves
 with them. Other tokens are due at once too, unless every open execution of the stream has an output
@@ -19,6 +20,7 @@ half is left to the gateway, which collects for the same interval. `HELD_MAX` bo
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Coroutine
 from itertools import chain
 from typing import Any
@@ -38,7 +40,8 @@ ROWS_MAX = 65_536
 # Tokens that may wait for their interval: more make no message cheaper.
 HELD_MAX = 8_192
 CREDIT_MAX = 1 << 30
-# Between two messages: something may have stood still, or nobody had anything to say.
+# Between two messages: something may have stood still, or nobody had anything to say. For as long
+# behind it more may come: a timer may write before what the engine has made meanwhile is read.
 HALT_S = 0.1
 
 
@@ -69,9 +72,11 @@ class Outbox:
         self._is_due = False
         self._cancel_timer: CancelTimer | None = None
         self._is_waking = False
-        # Tokens of a row of the next message; when the last one was written.
+        # Tokens of a row of the next message; when the last one was written, and the first one
+        # behind the last halt.
         self._row_tokens_max = ROWS_MAX
         self._written_s = clock.monotonic_s()
+        self._halted_s = -math.inf
         self._writer: CallWriter | None = None
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._closing: MaasError | None = None
@@ -208,6 +213,7 @@ class Outbox:
         now_s = self._clock.monotonic_s()
         if now_s - self._written_s > HALT_S:
             self._row_tokens_max = ROW_TOKENS_MAX
+            self._halted_s = now_s
         self._written_s = now_s
 
     def _on_written(self, error: BaseException | None) -> None:
@@ -262,7 +268,7 @@ class Outbox:
         self.lanes[:taken] = [lane for lane, _, _ in left]
         self.token_ids[:taken] = [token_id for _, token_id, _ in left]
         self.texts[:taken] = [text for _, _, text in left]
-        if not self.lanes:
+        if not self.lanes and self._written_s - self._halted_s > HALT_S:
             self._row_tokens_max = ROWS_MAX
 
 

@@ -188,12 +188,9 @@ def audit(
     for attempt in attempts:
         if attempt.generation_id:
             _check_attempt(attempt, by_generation, best, found)
-    unheard = {item.request_id: item for item in attempts if not item.generation_id}
-    for attempt in unheard.values():
-        # What may have been made of a request without its client's knowing, billing knows.
-        for record in by_request.get(attempt.request_id, []):
-            if record.generation_id not in best:
-                _check_interrupted(attempt, record, found)
+    _check_unheard(attempts, by_request, best, found)
+    if not found.ends[End.CLEAN]:
+        found.faults.append("nobody has read a generation to its end: there was nothing to lose")
     if found.tokens >= SHARE_TOKENS_MIN and found.over_share > OVER_SHARE_MAX:
         found.faults.append(f"{found.over_share:.3%} of all tokens were charged and not received")
     return found
@@ -214,6 +211,29 @@ def _check_requests(
             found.faults.append(f"request {request_id} was charged more than once")
         if request_id not in requests:
             found.faults.append(f"request {request_id} has a record and was never made")
+
+
+def _check_unheard(
+    attempts: Sequence[Attempt],
+    by_request: Mapping[str, Sequence[Record]],
+    best: Mapping[str, Attempt],
+    found: Audit,
+) -> None:
+    """What may have been made of a request without its client's knowing, billing knows."""
+    unheard: dict[str, list[Attempt]] = {attempt.request_id: [] for attempt in attempts}
+    for attempt in attempts:
+        if not attempt.generation_id:
+            unheard[attempt.request_id].append(attempt)
+    for request_id, calls in unheard.items():
+        records = by_request.get(request_id, [])
+        unknown = [record for record in records if record.generation_id not in best]
+        if len(unknown) > len(calls):
+            found.faults.append(
+                f"request {request_id} has {len(unknown)} records that its client never heard of"
+                f" and {len(calls)} calls without an answer"
+            )
+        for record in unknown if calls else ():
+            _check_interrupted(calls[-1], record, found)
 
 
 def _check_attempt(

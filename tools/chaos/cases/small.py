@@ -19,7 +19,8 @@ from tools.local.place import ROOT
 SIZE = "256m"
 RUN_S = 300.0
 NEEDS = "needs root, and a system that lets it mount a disk of its own"
-_MOUNT = f'mount -t tmpfs -o size={SIZE},mode=755 tmpfs "$0" && exec "$@"'
+_MOUNTED = "mounted"
+_MOUNT = f'mount -t tmpfs -o size={SIZE},mode=755 tmpfs "$0" && echo {_MOUNTED} && exec "$@"'
 
 
 def show(names: Sequence[str]) -> list[Verdict]:
@@ -48,7 +49,26 @@ def show(names: Sequence[str]) -> list[Verdict]:
             check=False,
             timeout=RUN_S,
         )
-    found = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
-    known = {kind.value for kind in Kind}
-    verdicts = [Verdict(Kind(part[0]), part[1], part[2]) for part in found if part[0] in known]
-    return verdicts or [Verdict(Kind.SKIP, name, NEEDS) for name in names]
+    return verdicts_of(names, done.stdout, done.returncode)
+
+
+def verdicts_of(names: Sequence[str], said: str, code: int) -> list[Verdict]:
+    """Reads what that process has said.
+
+    Args:
+        names: of the cases that it was to show.
+        said: all of it.
+        code: that it ended with.
+
+    Returns:
+        one for each case: who has a disk and says nothing of a case has failed.
+    """
+    lines = said.splitlines()
+    if _MOUNTED not in lines:
+        return [Verdict(Kind.SKIP, name, NEEDS) for name in names]
+    verdicts = {}
+    for kind, name, *text in (line.split(maxsplit=2) for line in lines if len(line.split()) > 1):
+        if name in names and kind in {each.value for each in Kind}:
+            verdicts[name] = Verdict(Kind(kind), name, " ".join(text))
+    silent = f"its process ended with {code} and said nothing of it"
+    return [verdicts.get(name) or Verdict(Kind.FAIL, name, silent) for name in names]

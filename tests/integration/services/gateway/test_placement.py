@@ -289,6 +289,23 @@ async def test_that_workers_registered_anew_is_nothing_their_callers_hear_of(rig
     assert caught.value.retry_after_s
 
 
+async def test_a_worker_that_has_gone_while_it_refused_is_not_connected_to_anew(rig: Rig) -> None:
+    """Nobody would end such a link before another worker comes or goes."""
+    links = rig.placer._links
+    rig.scheduler.targets = rig.scheduler.targets[:1]
+    worker = rig.workers["workers/a"]
+    placing = rig.place()
+    lane = (await worker.next_start()).lane
+
+    links.retain(set())
+    rig.scheduler.targets = []
+    worker.fail(lane, Code.FAILED_PRECONDITION.value, Reason.FENCED.value)
+    with pytest.raises((Unavailable, ResourceExhausted)):
+        await placing
+
+    assert links._links == {}
+
+
 async def test_while_the_scheduler_is_away_spares_and_then_the_table_serve(rig: Rig) -> None:
     ids = rig.lease(2)
     rig.scheduler.is_away = True

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import random
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typing_extensions import override
 
 from libs.errors import Unavailable
 from services.gateway import journal as journal_module
 from services.gateway.domain import Closing, EndCause, Opening
 from services.gateway.journal import Journal, JournalBusy
-from services.gateway.segments import HEADER, read_segment
+from services.gateway.segments import HEADER, _next_whole, read_segment
 
 NOW = datetime(2026, 1, 1, 12, 0, 0, 123456, tzinfo=UTC)
 LATER = datetime(2026, 1, 2, tzinfo=UTC)
@@ -186,6 +189,17 @@ def test_a_damaged_segment_is_set_aside_and_never_replayed_or_overwritten(tmp_pa
         assert len(kept) == life
 
 
+def test_what_people_leave_beside_damaged_segments_is_no_matter(tmp_path: Path) -> None:
+    for name in ("looked-at.damaged", "copy of 00000007-00000001.damaged"):
+        (tmp_path / name).touch()
+    (tmp_path / "00000004-00000001.damaged").touch()
+
+    process = Journal(tmp_path)
+
+    assert process._path(1).name == "00000005-00000001.journal"
+    process.close()
+
+
 def test_a_length_beyond_all_reason_reads_no_further_than_the_next_record(tmp_path: Path) -> None:
     path, ends = write_a_life(tmp_path)
     data = bytearray(path.read_bytes())
@@ -194,6 +208,25 @@ def test_a_length_beyond_all_reason_reads_no_further_than_the_next_record(tmp_pa
     _, _, is_kept = recovered_from(path, bytes(data))
 
     assert is_kept
+
+
+def test_what_lies_behind_the_damage_is_not_copied_for_each_record_that_it_may_be() -> None:
+    """A start of minutes with a segment of chance would be as good as none."""
+
+    class Counted(bytes):
+        copied = 0
+
+        @override
+        def __getitem__(self, key: Any) -> Any:
+            part = super().__getitem__(key)
+            self.copied += len(part) if isinstance(key, slice) else 1
+            return part
+
+    data = Counted(random.Random(1).randbytes(256 * 1024))  # noqa: S311 - no secret
+
+    assert _next_whole(data, 0) is None
+
+    assert data.copied < len(data)
 
 
 def test_zeros_behind_the_last_record_are_a_torn_end(tmp_path: Path) -> None:

@@ -10,7 +10,15 @@ from libs.errors import DeadlineExceeded, Reason, ResourceExhausted, Unavailable
 from libs.testing import FakeClock, eventually
 from services.gateway.limits import Rate, RateLimit
 from services.gateway.places import Places
-from services.gateway.quotas import GIVE_BACK_S, Amount, Metric, Need, Quotas, Taken
+from services.gateway.quotas import (
+    GIVE_BACK_S,
+    LEASE_MARGIN_S,
+    Amount,
+    Metric,
+    Need,
+    Quotas,
+    Taken,
+)
 from tests.integration.services.gateway.neighbours_quota import SHARE_LEASE_S, QuotaBilling
 
 RATE = 6000
@@ -247,6 +255,38 @@ async def test_what_cannot_be_brought_is_asked_for_again_with_the_next_request(
     assert [len(amounts) for amounts in world.billing.asked] == [1, 1]
     await world.burst(20)
     assert len(world.billing.asked) == 2
+
+
+async def test_a_limit_that_was_lowered_below_what_is_taken_brings_nothing(world: World) -> None:
+    """Billing refuses even what nobody requires then, until enough has drained."""
+    await filled(world)
+    await world.burst(11)
+    lowered = 120
+    world.billing.levels[KEY] = lowered + 1
+    world.billing.add(RateLimit(LIMIT.name, Rate(requests=lowered)))
+
+    await world.quotas.bring()
+    await world.burst(1)
+    await world.quotas.bring()
+
+    assert [amounts[0].required for amounts in world.billing.asked] == [0]
+
+
+async def test_what_billing_may_have_had_back_is_not_leased_anew(world: World) -> None:
+    """The question came late: the loop, or billing before it, stood still."""
+    await filled(world)
+    await world.burst(3)
+    world.clock.advance(SHARE_LEASE_S - LEASE_MARGIN_S - 0.05)
+    await world.burst(12)
+    world.clock.advance(0.1)
+
+    await world.quotas.bring()
+    assert world.billing.asked == []
+
+    await world.burst(1)
+    await world.quotas.flush()
+    assert world.billing.returned == [{KEY: 5}]
+    assert [item.required for amounts in world.billing.asked for item in amounts] == [1]
 
 
 async def test_a_share_is_filled_while_requests_go_on(world: World) -> None:

@@ -253,10 +253,35 @@ async def test_without_a_halt_a_row_is_as_long_as_it_is() -> None:
     await world.step(*((1, 5, "a") for _ in range(ROW_TOKENS_MAX + 1)))
     assert [list(events.token_counts) for events in world.take()] == [[ROW_TOKENS_MAX], []]
 
-    await world.advance(HALT_S / 2)
+    for _ in range(3):
+        await world.advance(HALT_S / 2)
+        await world.step((1, 5, "a"))
+    world.take()
     await world.step(*((1, 5, "a") for _ in range(ROW_TOKENS_MAX + 1)))
 
     assert [list(events.token_counts) for events in world.take()] == [[ROW_TOKENS_MAX + 1]]
+
+
+async def test_what_the_engine_made_during_a_halt_may_come_behind_a_message() -> None:
+    """The timer of an interval goes off before the pipe of the engine is read."""
+    world = World()
+    await world.accept(1, INTERVAL_S)
+    await world.step((1, 0, "a"))
+    world.take()
+
+    await world.advance(10 * HALT_S)
+    assert [list(events.token_ids) for events in world.take()] == [[0]]
+    await world.advance(HALT_S / 10)
+    await world.step(*((1, token_id, "b") for token_id in range(3 * ROW_TOKENS_MAX)))
+    world.outbox.urge()
+    world.outbox.wake()
+    await turns()
+
+    messages = world.take()
+    assert [list(events.token_counts) for events in messages] == 3 * [[ROW_TOKENS_MAX]]
+    assert [token_id for events in messages for token_id in events.token_ids] == list(
+        range(3 * ROW_TOKENS_MAX)
+    )
 
 
 async def test_rows_that_did_not_fit_follow_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,8 +153,22 @@ def test_request_is_charged_once() -> None:
     again = dataclasses.replace(RECORD, generation_id="gen_2")
 
     assert faults([attempt_of(End.CLEAN)], [RECORD, again]) == [
-        "request r1 was charged more than once"
+        "request r1 was charged more than once",
+        "request r1 has 1 records that its client never heard of and 0 calls without an answer",
     ]
+
+
+def test_no_more_generations_are_made_of_a_request_than_it_had_calls() -> None:
+    """The first one was lost, and free: the second one is paid for and has nobody."""
+    lost = dataclasses.replace(RECORD, output_tokens=5, charge_nanos=0, is_ours=True)
+    secret = dataclasses.replace(RECORD, generation_id="gen_2", output_tokens=5)
+    heard = attempt_of(End.CUT, received=5)
+    unheard = attempt_of(End.REFUSED, received=0, generation_id="")
+
+    (fault,) = faults([heard], [lost, secret])
+
+    assert fault.endswith("1 records that its client never heard of and 0 calls without an answer")
+    assert faults([heard, unheard], [lost, secret]) == []
 
 
 def test_record_of_an_answer_that_never_came_is_found_by_its_request() -> None:
@@ -184,6 +198,14 @@ def test_record_that_nobody_asked_for_is_found() -> None:
     assert faults([], [RECORD]) == ["request r1 has a record and was never made"]
 
 
+def test_a_suite_that_serves_nobody_has_not_passed() -> None:
+    refused = attempt_of(End.REFUSED, received=0, generation_id="")
+
+    (fault,) = audit([refused], []).faults
+
+    assert fault.startswith("nobody has read a generation to its end")
+
+
 def test_charging_too_much_too_often_is_found() -> None:
     attempts, records = big(1)
     cut = [
@@ -206,7 +228,18 @@ def test_charging_too_much_too_often_is_found() -> None:
 
 
 def test_share_of_a_few_tokens_is_not_judged() -> None:
-    found = audit([attempt_of(End.CUT, received=90)], [RECORD])
+    # One that cost nothing has no part in the share.
+    free = Attempt("r2", Kind.STREAM, "gen_2", 1, 1, 0, End.CLEAN)
+    gift = dataclasses.replace(
+        RECORD,
+        generation_id="gen_2",
+        request_id="r2",
+        input_tokens=1,
+        output_tokens=1,
+        charge_nanos=0,
+    )
+
+    found = audit([attempt_of(End.CUT, received=90), free], [RECORD, gift])
 
     assert found.over_share == pytest.approx(0.1)
     assert found.faults == []
