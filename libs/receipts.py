@@ -29,7 +29,6 @@ from libs.units import CURRENCY
 
 SEED_BYTES = 32
 PUBLIC_KEY_BYTES = 32
-SIGNATURE_BYTES = 64
 # All names of a receipt at their longest are about 1 KiB.
 RECEIPT_BYTES_MAX = 4096
 KEY_ID_DIGITS = 16

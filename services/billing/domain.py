@@ -304,7 +304,6 @@ class Slice:
         consumed: settled from it.
         state: see SliceState.
         is_leased: open, and the lease has not run out.
-        acquire_time: on the clock of leases; None for one that is not stored yet.
         lease: what is left of it where a spend limit may end it early; None where none does.
     """
 
@@ -315,7 +314,6 @@ class Slice:
     consumed: int
     state: SliceState
     is_leased: bool
-    acquire_time: datetime | None = None
     lease: timedelta | None = None
 
     @property

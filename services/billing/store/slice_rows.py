@@ -18,7 +18,7 @@ _ULID_LENGTH = 26
 NOTHING: Mapping[str, int] = {}
 
 _SLICE = """
-    SELECT credit_slice_id, account_id, holder, granted, consumed, state, acquire_time,
+    SELECT credit_slice_id, account_id, holder, granted, consumed, state,
            state = 'open' AND expire_time > (SELECT lease_now()) AS is_leased
       FROM credit_slice
 """
@@ -190,5 +190,4 @@ def _slice_from_row(row: asyncpg.Record) -> Slice:
         consumed=row["consumed"],
         state=SliceState(row["state"]),
         is_leased=row["is_leased"],
-        acquire_time=row["acquire_time"],
     )
