@@ -31,8 +31,8 @@ TOKENS = 100
 NEW_TOKENS = 25
 EARLIER = Rates(input_price=0, output_price=1_000_000)
 EARLIER_CHARGE = NEW_TOKENS
-SEEN_S = 1.5
-"""How long a process may take to look at the file again."""
+SEEN_S = 2.5
+"""How long a process may take to look at the file again: more than a second, in whole ones."""
 _LIBRARY = "vendor/libfaketime/src/libfaketime.so.1"
 _TRY = "import time; print(time.time())"
 
