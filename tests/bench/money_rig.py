@@ -48,8 +48,8 @@ from services.gateway.receipts import signed_receipt
 from services.gateway.settlement import Settlement
 from services.gateway.slices import Hold
 from tests.bench.load import PROMPT_TOKENS
-from tests.bench.settlement import CONFIG, SIGNER, TOKEN, free_ports
-from tests.bench.targets import BenchError
+from tests.bench.settlement import CONFIG, SIGNER, TOKEN
+from tests.bench.targets import BenchError, free_ports
 from tests.conftest import SERVICES as SCHEMAS
 from tests.conftest import PostgresCluster, leashed
 

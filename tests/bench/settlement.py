@@ -14,7 +14,6 @@ import asyncio
 import dataclasses
 import itertools
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -48,6 +47,7 @@ from services.gateway.receipts import signed_receipt
 from tests.bench.measure import quantile
 from tests.bench.processes import children_of, cpu_s
 from tests.bench.report import table
+from tests.bench.targets import free_ports
 from tests.conftest import SERVICES as SCHEMAS
 from tests.conftest import PostgresCluster, leashed
 
@@ -184,15 +184,6 @@ def billing_process(state: Path, dsn: str) -> Iterator[Server]:
     finally:
         process.terminate()
         process.wait()
-
-
-def free_ports(count: int) -> list[int]:
-    """Finds ports that nobody listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(item.getsockname()[1]) for item in sockets]
-    for item in sockets:
-        item.close()
-    return ports
 
 
 async def prepare(dsn: str) -> None:

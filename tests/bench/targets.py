@@ -132,7 +132,7 @@ def through_envoy(behind: Target) -> Iterator[Target]:
     """
     if not ENVOY.exists():
         raise BenchError("Envoy is not installed: run this as `make bench`")
-    port = _free_port()
+    (port,) = free_ports(1)
     upstream_port = int(behind.endpoint.rpartition(":")[2])
     with tempfile.TemporaryDirectory(prefix="maas-envoy-") as folder:
         path = Path(folder) / "envoy.json"
@@ -193,11 +193,13 @@ def _tool(module: str, *arguments: str) -> None:
         raise BenchError(f"{module} ended with {done.returncode}:\n{done.stdout}")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_ports(count: int) -> list[int]:
+    """Finds ports that nobody listens on."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [int(item.getsockname()[1]) for item in sockets]
+    for item in sockets:
+        item.close()
+    return ports
 
 
 def _await_listening(port: int, process: subprocess.Popen[bytes]) -> None:

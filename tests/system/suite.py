@@ -7,11 +7,9 @@ import contextlib
 import json
 import os
 import re
-import secrets
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,30 +29,10 @@ from maas.inference.v1.generation_service_pb2_grpc import GenerationServiceStub
 from libs import errors, rpc
 from libs.postgres import cluster
 from tools.local import guard, orphan, probe
-from tools.local.place import METRICS_OFFSET, Ports, State
+from tools.local.place import Ports, State
+from tools.local.temporary import free_ports
 
 START_TIMEOUT_S = 120.0
-_SPAN = 16
-"""Ports that a suite may take from its base on."""
-# Below the range from which systems take the numbers of outgoing connections.
-_BASES = range(20_000, 31_000, _SPAN)
-
-
-def free_port_base() -> int:
-    """A base from which on all ports are free just now."""
-    while True:
-        base = secrets.choice(_BASES)
-        if all(_is_free(base + n) and _is_free(base + n + METRICS_OFFSET) for n in range(_SPAN)):
-            return base
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
 
 
 class Suite:
@@ -131,7 +109,7 @@ class Suite:
 def new_suite() -> Iterator[Suite]:
     """A suite that has not been started, in a place of its own; stopped and removed afterwards."""
     root = Path(tempfile.mkdtemp(prefix="maas-suite-"))
-    suite = Suite(root, free_port_base())
+    suite = Suite(root, free_ports().base)
     try:
         yield suite
     finally:
