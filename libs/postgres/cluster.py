@@ -205,6 +205,15 @@ class Cluster:
             shutil.rmtree(folder, ignore_errors=True)
         self.password_file.unlink(missing_ok=True)
 
+    def clear_empty_locks(self) -> None:
+        """Removes lock files that a killed server has made and not written: none starts with one.
+
+        Nothing may be running on the cluster.
+        """
+        for file in (*self.socket.glob(".s.PGSQL.*.lock"), *self.data.glob("postmaster.pid")):
+            if file.stat().st_size == 0:
+                file.unlink()
+
     def _initdb(self, data: Path, password_file: Path) -> None:
         arguments = [
             f"--pgdata={data}",

@@ -51,6 +51,7 @@ class Spec:
         ready_timeout_s: after which a child that is not ready is killed.
         starts_max: attempts at the first start before giving up.
         final_exits: exit codes after which another attempt cannot help.
+        before_start: what is done before each start; None for nothing.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Spec:
     ready_timeout_s: float = READY_TIMEOUT_S
     starts_max: int = 2
     final_exits: tuple[int, ...] = ()
+    before_start: Callable[[], None] | None = None
 
 
 class Log:
@@ -135,6 +137,8 @@ class Nursery:
             account = (str(spec.owner.uid), str(spec.owner.gid))
         ties = (str(int(spec.parent_lost_signal)), str(os.getpid()))
         async with self._changing:
+            if spec.before_start is not None:
+                spec.before_start()
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", "-S", leash.__file__, *ties, *account, *spec.argv),
                 cwd=ROOT,

@@ -39,6 +39,7 @@ def postgres_spec(cluster: Cluster) -> Spec:
         stop_signal=STOP_SIGNALS[POSTGRES],
         parent_lost_signal=STOP_SIGNALS[POSTGRES],
         starts_max=10,
+        before_start=cluster.clear_empty_locks,
     )
 
 

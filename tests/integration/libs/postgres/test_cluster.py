@@ -183,3 +183,21 @@ async def test_every_database_is_fresh(postgres_cluster: PostgresCluster) -> Non
     assert got is None
     await postgres_cluster.drop(first)
     await postgres_cluster.drop(second)
+
+
+def test_a_lock_file_that_a_killed_server_has_not_written_is_cleared(tmp_path: Path) -> None:
+    found = cluster.place(tmp_path)
+    with cluster.running(found):
+        # One that is in use stays.
+        found.clear_empty_locks()
+        lock = found.socket / ".s.PGSQL.5432.lock"
+        assert lock.exists()
+    lock.touch()
+
+    with pytest.raises(cluster.ClusterError), cluster.running(found):
+        pass
+    found.clear_empty_locks()
+
+    with cluster.running(found):
+        assert lock.stat().st_size > 0
+    found.destroy()
